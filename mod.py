@@ -1,0 +1,748 @@
+"""Mixture-of-Depths: only the few tokens that a router picks enter a block, the others pass it by.
+
+Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language
+models", arXiv 2404.02258. Run: python mod.py (@MINUTES@ minutes on two CPU cores).
+
+A transformer spends the same on every token. Here every other block has a router, a vector that
+scores each token, and takes only the k best of each sequence: attention and MLP run on k gathered
+tokens, all others keep their residual stream. Shapes are static, so the cost is known in advance;
+where it goes is learned. With k = T/8 in half of the blocks a step costs 0.56 of the full model's.
+Ranking a token against later ones leaks the future, so a small predictor learns to say from the
+token alone whether it would be picked: that rule is causal and decides at inference.
+
+(1)  r_i = w . norm(x_i)                                  score of token i, for every routed block
+(2)  A = the k tokens with the largest r, in order        training; per sequence, k = capacity * T
+(3)  x_i <- x_i + g(r_i) f_i(X_A) if i in A, else x_i     g = 2 sigmoid | identity | 1
+(4)  f(X) = a + m,  a = Attn(norm(X)),  m = MLP(norm(X + a))    over A alone, at its positions
+(5)  L = mean of -log softmax(logits_i)[next token]
+(6)  L + BCE(p_i, i in A),  p_i = MLP(stopgrad(norm(x_i)))      causal="predictor": no side effect
+(7)  L + 0.01 BCE(p_i, i in A),  p_i = r_i                      causal="aux": shapes the model, too
+(8)  at inference i enters the block if sigmoid(p_i) > 1/2, that is p_i > 0
+(9)  FLOPs = full (24 T C^2 + 4 T^2 C) + routed (24 k C^2 + 4 k^2 C) + T (routers + head)
+
+x_i residual stream `x` | r `r` | p `p` | A `A` | f `Block.update` | T `seq_len` | C `n_embd`
+g `gate` | w `routers` | full, routed: number of such blocks | B batch, nh heads, hs head size
+
+What it shows. Four arms get the same training FLOPs, each with its own cosine: dense (all blocks
+full, same parameters), shallow (the routed blocks deleted), mod, random (Gaussian scores, no gate).
+@RESULTS@
+
+What the paper leaves open, and what we do. Gate: its Eq. 1 is raw; 2 sigmoid(r) is 1 at first and
+bounded (`--gate raw` compares). The score reads norm(x), as the raw stream grows with depth. A
+softmax over tokens (kyegomez/Mixture-of-Depths, main.py) is not causal; adding r times a block's
+output that holds x already (epfml/llm-baselines, mod.py) counts the residual twice; top-k while
+decoding (astramind-ai/Mixture-of-depths, MoD.py) takes every token: one alone is the best. The
+random arm is not multiplied by its noise; at inference each token enters with probability k/T.
+Tried and left: text at width 64, where depth does not pay in minutes (shallow 1.306, mod 1.330,
+random 1.333, dense 1.356 on a tuning seed). Left out: padding, routed sublayers, experts.
+
+Exercises
+  1. --capacity 0.5: at equal FLOPs fewer steps. Does the loss get worse, the leak of M3 smaller?
+  2. --routed_every 1: some tokens meet no block at all. What do they cost?
+  3. --gate none: no gradient of the loss reaches the router. Does it still beat random?
+  4. In `picked`, replace self.rope[A] by self.rope[:k]: positions 0..k-1. What does the loss say?
+
+New here: MoD, flops_per_token, generate, decode, read_text, KVCache, STYLES
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+import timeit
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import matplotlib
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.tokenizer import Tokenizer, load_corpus
+
+NAME = Path(__file__).stem
+
+# ---- 1. Config -----------------------------------------------------------------------------------
+@dataclass
+class Config:
+    # model
+    n_layer: int = 8                # transformer blocks
+    n_head: int = 2                 # attention heads
+    n_embd: int = 32                # width of the residual stream
+    seq_len: int = 256              # tokens in a training sequence
+    # method
+    routed_every: int = 2           # every n-th block is routed (1: all, 0: none, i.e. plain)
+    capacity: float = 0.125         # share of the tokens that a routed block processes
+    routing: Literal["learned", "random"] = "learned"       # what picks the tokens
+    gate: Literal["sigmoid", "raw", "none"] = "sigmoid"     # factor g(r) on a routed update
+    causal: Literal["predictor", "aux"] = "predictor"       # how the choice at inference is learned
+    corpus: str = ""                # UTF-8 text to train on (empty: Python's language reference)
+    temp: float = 0.8               # sampling temperature (0: greedy)
+    # training
+    steps: int = 450                # optimiser steps; arms of other cost get the same total FLOPs
+    batch_size: int = 16            # sequences in a step, over all processes
+    lr: float = 3e-3                # peak learning rate
+    warmup: int = 100               # steps until the learning rate peaks
+    weight_decay: float = 0.1       # AdamW's decoupled weight decay
+    grad_clip: float = 1.0          # largest gradient norm
+    eval_every: int = 50            # steps between rows of log.csv, each with a checkpoint
+    eval_batches: int = 3           # validation batches for such a row; 8 times more at the end
+    # run
+    seed: int = 1                   # seed of weights, data order and noise
+    budget: float = 1.0             # multiplies every training length; below 1 no claim is judged
+    smoke: bool = False             # every code path in seconds, tiny everything
+    only: str = ""                  # run only these arms (comma-separated)
+    full: bool = False              # run the ablation arms, too
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if present, else CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+    compile: Literal["auto", "on", "off"] = "auto"          # torch.compile; auto: on CUDA only
+    out: str = f"out/{NAME}"        # folder for results, plot, log and checkpoints
+    resume: bool = False            # continue an interrupted run
+    eval_only: bool = False         # load the trained weights, redo evaluation and plot
+
+    inference = ("temp",)           # no effect on training: a checkpoint may differ in these
+
+    def __post_init__(self):
+        check_common(self)
+        at_least(self, 0, "routed_every capacity temp")
+        if not 1 <= self.k(self.seq_len) <= self.seq_len:
+            raise ValueError(f"capacity={self.capacity} of {self.seq_len} tokens; try 0.125")
+        if len(read_text(self.corpus)[1]["val"]) <= self.seq_len:
+            raise ValueError(f"corpus={self.corpus} is too short for seq_len={self.seq_len}")
+
+    @property
+    def routed(self):
+        """Indices of the routed blocks; with routed_every=2 the odd ones, and block 0 is full."""
+        n = self.routed_every
+        return list(range(n - 1, self.n_layer, n)) if n else []
+
+    def k(self, T):
+        """How many of T tokens a routed block processes."""
+        return int(self.capacity * T + 1e-6)    # 0.29 * 100 is a little less than 29
+
+SMOKE = dict(n_layer=4, n_head=2, n_embd=16, seq_len=32, batch_size=4, steps=4, warmup=2,
+             eval_every=2, eval_batches=1)
+
+# ---- 2. Task -------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=2)
+def read_text(path):
+    """Character tokenizer and {"train", "val"} id tensors of a text; its last tenth validates."""
+    text = load_corpus(path)
+    tok = Tokenizer.from_text(text)
+    ids = torch.tensor(tok.encode(text))
+    return tok, {"train": ids[: len(ids) * 9 // 10], "val": ids[len(ids) * 9 // 10 :]}
+
+def make_batch(cfg, split, step):
+    """Batch number `step` of a split: random windows, and the same windows one character on.
+
+    A function of its arguments alone, so that a resumed run, or one on several processes, sees the
+    same data. Validation windows do not depend on the seed: all arms and seeds meet the same text.
+    """
+    ids = read_text(cfg.corpus)[1][split]
+    rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step if split == "train" else step)
+    start = torch.randint(len(ids) - cfg.seq_len, (cfg.batch_size, 1), generator=rng)
+    window = ids[start + torch.arange(cfg.seq_len + 1)]             # (B, T + 1)
+    return {"idx": window[:, :-1], "targets": window[:, 1:]}
+
+# ---- 3. Kit (the same in every script: skip on first reading) ------------------------------------
+def fail(message, code=2):
+    """Ends the script with one line on stderr; exit code 2 is a user's mistake."""
+    print(f"{NAME}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+def parse_args(argv):
+    """Command line -> Config. Every field is a flag, and the comment behind it is its help text."""
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(NAME, allow_abbrev=False)
+    parser.error = fail
+    for f in fields(Config):
+        kind = {"choices": get_args(f.type)} if get_args(f.type) else {"type": f.type}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        note = f"{notes[f.name]} [{f.default}]"
+        parser.add_argument("--" + f.name, default=f.default, help=note, **kind)
+    if parser.parse_args(argv).smoke:
+        parser.set_defaults(**SMOKE)
+    return Config(**vars(parser.parse_args(argv)))
+
+def at_least(cfg, low, names):
+    """Raises ValueError if one of these fields is below `low`, huge or not a number."""
+    for name in names.split():
+        if not low <= getattr(cfg, name) <= 2**40:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be from {low} to 2**40")
+
+def check_common(cfg):
+    """Raises ValueError if a field that all scripts have is out of range."""
+    at_least(cfg, 1, "n_layer n_head n_embd seq_len batch_size steps eval_every eval_batches")
+    at_least(cfg, 1e-9, "lr grad_clip budget")
+    at_least(cfg, 0, "weight_decay warmup seed")
+    pair = 2 * cfg.n_head   # rotary positions turn pairs of channels in every head
+    if cfg.n_embd % pair:
+        fit = pair * max(1, round(cfg.n_embd / pair))
+        raise ValueError(f"n_embd={cfg.n_embd} is no multiple of 2 * n_head={pair}; try {fit}")
+    if cfg.steps * cfg.budget < 1:
+        raise ValueError(f"budget={cfg.budget} leaves none of {cfg.steps} steps; try 1")
+
+class Run:
+    """Where a run happens: device, number format, processes, output folder. Raises ValueError."""
+
+    def __init__(self, cfg):
+        self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
+                                        [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
+        if cfg.batch_size % self.world:
+            raise ValueError(f"batch_size={cfg.batch_size} does not split {self.world} ways")
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = auto if cfg.device == "auto" else cfg.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            raise ValueError(f"device={kind} is not there; try --device cpu")
+        self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        self.bf16 = cfg.dtype == "bfloat16" or (cfg.dtype, kind) == ("auto", "cuda")
+        self.compile = cfg.compile == "on" or (cfg.compile, kind) == ("auto", "cuda")
+        self.load = cfg.resume or cfg.eval_only
+        self.out, self.start = Path(cfg.out), time.perf_counter()
+        if self.load and not any(self.out.glob("*.pt")):
+            raise ValueError(f"out={self.out} has no checkpoint; train first")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.out).close()
+        except OSError as error:
+            raise ValueError(f"out={self.out} cannot be written ({error.strerror})") from None
+        if self.world > 1:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+
+    def to_device(self, batch, shard=False):
+        """A batch on this process's device: all rows, or this process's share of them."""
+        rows = slice(self.rank, None, self.world) if shard else slice(None)
+        return {name: value[rows].to(self.device) for name, value in batch.items()}
+
+    def write(self, name, save):
+        """Lets `save` fill a file of the output folder: afterwards it is whole, or the old one."""
+        if self.rank == 0:
+            with open(self.out / f"{name}.part", "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, self.out / name)
+
+@contextlib.contextmanager
+def session(argv):
+    """Yields (cfg, run). Afterwards the global settings of torch are what they were."""
+    try:
+        cfg = parse_args(argv)
+        run = Run(cfg)
+    except ValueError as error:
+        fail(error)
+    denormal = torch.full((), 1e-40).mul(1).item() == 0
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_flush_denormal(True)      # saturated softmax gradients are slow otherwise
+        torch.set_float32_matmul_precision("high")
+        with torch.random.fork_rng():
+            yield cfg, run
+    finally:
+        torch.set_flush_denormal(denormal)
+        torch.set_float32_matmul_precision(precision)
+        if run.world > 1:
+            dist.destroy_process_group()
+
+def norm(x):
+    """RMS norm without a gain. (..., C) -> (..., C)"""
+    return F.rms_norm(x, (x.size(-1),))
+
+def rope_table(seq_len, head_size, base=10000.0):
+    """Cosines, then sines, of the rotary angles of every position. (T, hs)"""
+    freq = base ** -(torch.arange(0, head_size, 2) / head_size)     # (hs / 2,)
+    angle = torch.arange(seq_len)[:, None] * freq                   # (T, hs / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+def rotate(x, rope):
+    """Rotary position embedding (arXiv 2104.09864) of channel pairs (i, i + hs/2). (..., T, hs)"""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope.to(x.dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+class KVCache:
+    """Keys and values of one layer in the order in which they came; every row has its own count."""
+
+    def __init__(self, batch_size, cfg, device):
+        size = batch_size, cfg.seq_len, cfg.n_head, cfg.n_embd // cfg.n_head
+        self.k, self.v = torch.zeros(size, device=device), torch.zeros(size, device=device)
+        self.count = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def extend(self, k, v, rows, new):
+        """Appends k, v (R, nh, n, hs) to `rows` (R,); of n positions the first `new` (R,) are real.
+
+        Returns all keys and values of these rows and a mask (R, 1, n, length): itself and earlier.
+        """
+        slot = self.count[rows, None] + torch.arange(k.size(2), device=k.device)
+        self.k[rows[:, None], slot] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[rows[:, None], slot] = v.transpose(1, 2).to(self.v.dtype)
+        self.count[rows] += new
+        length = int(slot.max()) + 1
+        mask = torch.arange(length, device=k.device) <= slot[:, None, :, None]
+        return self.k[rows, :length].transpose(1, 2), self.v[rows, :length].transpose(1, 2), mask
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention with rotary positions and normalised queries and keys."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x, rope, memory=None):
+        """(B, T, C) -> (B, T, C). `memory` maps new k, v to all k, v to attend to, and a mask."""
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(norm(qkv[:2]), rope)                              # (B, nh, T, hs)
+        k, v, mask = memory(k, qkv[2]) if memory else (k, qkv[2], None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+class MLP(nn.Module):
+    """Two layers with a squared ReLU between them."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
+        self.proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x):
+        return self.proj(F.relu(self.fc(x)).square())
+
+class Block(nn.Module):
+    """A pre-norm transformer layer; `update` is what it adds to the residual stream."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn = CausalSelfAttention(cfg)
+        self.mlp = MLP(cfg)
+
+    def update(self, x, rope, memory=None):
+        a = self.attn(norm(x), rope, memory)
+        return a + self.mlp(norm(x + a))
+
+    def forward(self, x, rope, memory=None):
+        return x + self.update(x, rope, memory)
+
+def block_flops(T, C):
+    """Forward FLOPs of a Block on T tokens of width C; multiply-adds are two, attention is full."""
+    return 24 * T * C**2 + 4 * T**2 * C
+
+# ---- 4. Method -----------------------------------------------------------------------------------
+class MoD(nn.Module):
+    """A causal transformer in which some blocks process only the tokens that their router picks.
+
+    Training mode picks the top k of a sequence, which looks at the future; evaluation mode decides
+    token by token. With routed_every=0 it is a plain transformer without one more parameter.
+    """
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        self.cfg, C = cfg, cfg.n_embd
+        self.embed = nn.Embedding(vocab_size, C)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.head = nn.Linear(C, vocab_size, bias=False)
+        nn.init.zeros_(self.head.weight)
+        self.register_buffer("rope", rope_table(cfg.seq_len, C // cfg.n_head), persistent=False)
+        learned = [str(i) for i in cfg.routed if cfg.routing == "learned"]
+        self.routers = nn.ModuleDict({i: nn.Linear(C, 1, bias=False) for i in learned})
+        self.predictors = nn.ModuleDict()
+        for i in learned if cfg.causal == "predictor" else []:
+            self.predictors[i] = nn.Sequential(nn.Linear(C, C), nn.SiLU(), nn.Linear(C, 1))
+
+    def parts(self):
+        """Parameters to clip apart from each other: the predictors must not disturb the model."""
+        side = list(self.predictors.parameters())
+        rest = [p for name, p in self.named_parameters() if not name.startswith("predictors.")]
+        return [rest, side] if side else [rest]
+
+    def scores(self, i, x):
+        """Scores r, which rank the tokens in training, and p, which decide at inference. (B, T)"""
+        B, T, C = x.shape
+        if self.cfg.routing == "random":
+            r = torch.randn(B, T, device=x.device)                      # (B, T)
+            return r, r - torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - self.cfg.capacity))
+        with torch.autocast(x.device.type, enabled=False):
+            x = norm(x.float())
+            r = self.routers[str(i)](x).squeeze(-1)                     # (B, T)  Eq. 1
+            if self.cfg.causal == "aux":
+                return r, r                                             # Eq. 7
+            return r, self.predictors[str(i)](x.detach()).squeeze(-1)   # Eq. 6
+
+    def gate(self, r):
+        """The factor g(r) on an update: through it the router gets a gradient. (B, T) -> (B, T)"""
+        kind = "none" if self.cfg.routing == "random" else self.cfg.gate
+        return {"sigmoid": 2 * r.sigmoid(), "raw": r, "none": 1 + 0 * r}[kind]
+
+    def picked(self, i, x, r):
+        """Block i in training: gathers the top k, processes them alone, adds the result back."""
+        B, T, C = x.shape
+        k = self.cfg.k(T)
+        A = r.topk(k, dim=1, sorted=False).indices.sort(dim=1).values   # (B, k)  Eq. 2
+        at = A[..., None].expand(B, k, C)
+        f = self.blocks[i].update(x.gather(1, at), self.rope[A][:, None])   # (B, k, C)  Eq. 4
+        f = self.gate(r.gather(1, A))[..., None] * f                    # (B, k, C)
+        keep = torch.zeros_like(r).scatter(1, A, 1.0) > 0               # (B, T)
+        return x.scatter_add(1, at, f.to(x.dtype)), keep                # Eq. 3
+
+    def masked(self, i, x, r, keep):
+        """Block i for any choice `keep` (B, T): computes all tokens, hides and drops the others."""
+        B, T, C = x.shape
+        own = torch.eye(T, dtype=torch.bool, device=x.device)           # (T, T)
+        mask = (keep[:, None] | own).tril()[:, None]                    # (B, 1, T, T)
+        f = self.blocks[i].update(x, self.rope[:T], lambda k, v: (k, v, mask))      # (B, T, C)
+        return x + (keep * self.gate(r))[..., None] * f                 # Eq. 3
+
+    def cached(self, i, x, r, keep, start, cache):
+        """Block i in decoding: computes and caches the kept tokens only, none at all if none is."""
+        rows = keep.any(1).nonzero().squeeze(1)                         # (R,)
+        if len(rows) == 0:
+            return x
+        new = keep[rows].sum(1)                                         # (R,)
+        A = (~keep[rows]).sort(dim=1, stable=True).indices[:, : new.max()]  # kept ones first
+        memory = functools.partial(cache.extend, rows=rows, new=new)
+        f = self.blocks[i].update(x[rows[:, None], A], self.rope[start + A][:, None], memory)
+        f = (keep * self.gate(r))[rows[:, None], A][..., None] * f      # the others in A get zero
+        return x.index_put((rows[:, None], A), f, accumulate=True)      # Eq. 3
+
+    def forward(self, idx, start=0, caches=None):
+        """idx (B, T) -> logits (B, T, V), and p and keep of the L routed blocks, both (L, B, T).
+
+        With `caches`, a KVCache for every block, idx continues a text of `start` tokens.
+        """
+        B, T = idx.shape
+        x, ps, keeps = norm(self.embed(idx)), [], []                    # (B, T, C)
+        everyone = torch.arange(B, device=idx.device)                   # (B,)
+        for i, block in enumerate(self.blocks):
+            if i not in self.cfg.routed:
+                memory = caches and functools.partial(caches[i].extend, rows=everyone, new=T)
+                x = block(x, self.rope[start : start + T], memory)      # (B, T, C)
+                continue
+            r, p = self.scores(i, x)
+            keep = p > 0                                                # (B, T)  Eq. 8
+            if self.training:
+                x, keep = self.picked(i, x, r)
+            elif caches:
+                x = self.cached(i, x, r, keep, start, caches[i])        # (B, T, C)
+            else:
+                x = self.masked(i, x, r, keep)                          # (B, T, C)
+            ps.append(p)
+            keeps.append(keep)
+        logits = self.head(norm(x)).float()                             # (B, T, V)
+        return logits, *(torch.stack(q) if q else x.new_zeros(0, B, T) for q in (ps, keeps))
+
+def flops_per_token(cfg, vocab_size):
+    """Forward FLOPs per token: full blocks see T tokens, routed ones k, routers and head all."""
+    T, C, routed, k = cfg.seq_len, cfg.n_embd, len(cfg.routed), cfg.k(cfg.seq_len)
+    learned = routed * (cfg.routing == "learned")
+    choose = learned * (2 * C + 2 * (C * C + C) * (cfg.causal == "predictor"))
+    blocks = (cfg.n_layer - routed) * block_flops(T, C) + routed * block_flops(k, C)
+    return blocks / T + choose + 2 * C * vocab_size                     # Eq. 9
+
+# ---- 5. Objective and decoding -------------------------------------------------------------------
+def loss_fn(model, batch, cfg):
+    """Next-token cross-entropy in nats, plus what trains the choice at inference: loss, stats."""
+    logits, p, keep = model(batch["idx"])
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())        # Eq. 5
+    stats = {"loss": loss.detach()}
+    if len(p) and cfg.routing == "learned":
+        bce = F.binary_cross_entropy_with_logits(p, keep.float())                   # Eq. 6
+        loss = loss + (bce if cfg.causal == "predictor" else 0.01 * bce)            # Eq. 7
+    return loss, stats
+
+@torch.no_grad()
+def generate(model, idx, n_new, temp, seed=0):
+    """Samples n_new tokens after idx (B, n): ids (B, n + n_new) and who was kept (L, B, *)."""
+    assert idx.size(1) + n_new <= model.cfg.seq_len, "prompt and new tokens exceed seq_len"
+    rng, keeps, start = torch.Generator(idx.device).manual_seed(seed), [], 0
+    caches = [KVCache(len(idx), model.cfg, idx.device) for _ in model.blocks]
+    model.eval()
+    for _ in range(n_new):
+        # not model(...): what is computed here depends on data, so it stays out of torch.compile
+        logits, _, keep = model.forward(idx[:, start:], start, caches)
+        probs = F.softmax(logits[:, -1] / max(temp, 1e-6), dim=-1)      # (B, V)
+        start = idx.size(1)
+        idx = torch.cat([idx, torch.multinomial(probs, 1, generator=rng)], dim=1)
+        keeps.append(keep)
+    return idx, torch.cat(keeps, dim=2)
+
+# ---- 6. Training ---------------------------------------------------------------------------------
+def learning_rate(step, cfg):
+    """Linear warm-up, then a cosine to a tenth of the peak over the rest of the run."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    rest = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * rest))
+
+def identity(cfg):
+    """What a checkpoint must share with the run that loads it, besides being whole."""
+    data = str([make_batch(cfg, split, 0) for split in ("train", "val")])
+    return {"script": NAME, **asdict(cfg), "data": hashlib.sha256(data.encode()).hexdigest()}
+
+def load_checkpoint(run, arm, cfg):
+    """State of an arm. Fails if it is unreadable, another script's or of another Config."""
+    path = run.out / f"{arm}.pt"
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        saved = state["config"]
+    except Exception as error:
+        fail(f"{path} is no whole checkpoint ({type(error).__name__}); delete it, train again")
+    free = "smoke only full device dtype compile out resume eval_only".split()
+    for name, value in identity(cfg).items():
+        if name not in [*free, *Config.inference] and saved.get(name) != value:
+            fail(f"{path} has {name}={saved.get(name)}, not {value}; choose another --out")
+    return state
+
+def train(arm, model, cfg, run):
+    """Trains one arm, or goes on from its checkpoint. Returns its rows of log.csv.
+
+    All randomness follows from seed and step, so that a resumed run repeats the numbers exactly.
+    """
+    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
+                            fused=True)
+    step, history = 0, []
+    if run.load and (run.out / f"{arm}.pt").exists():
+        state = load_checkpoint(run, arm, cfg)
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        step, history = state["step"], state["history"]
+    if run.compile:
+        model.compile(fullgraph=True, dynamic=False)
+    net = DistributedDataParallel(model) if run.world > 1 else model
+    bar = tqdm(desc=arm, total=cfg.steps, initial=step, unit="step",
+               disable=run.rank > 0 or step == cfg.steps)
+    losses, start = [], time.perf_counter()
+    while step < cfg.steps:
+        torch.manual_seed(cfg.seed * 1_000_003 + step)
+        batch = run.to_device(make_batch(cfg, "train", step), shard=True)
+        model.train()
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            loss, stats = loss_fn(net, batch, cfg)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        for part in model.parts():
+            nn.utils.clip_grad_norm_(part, cfg.grad_clip)
+        for group in opt.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        opt.step()
+        losses.append(stats["loss"])
+        step += 1
+        bar.update()
+        if step % cfg.eval_every and step < cfg.steps:
+            continue
+        mean = torch.stack(losses).mean() / run.world
+        if run.world > 1:
+            dist.all_reduce(mean)
+        mean = mean.item()
+        seconds = time.perf_counter() - start + (history[-1]["seconds"] if history else 0.0)
+        val_loss = evaluate(model, cfg, run)["loss"]
+        if not math.isfinite(mean + val_loss):
+            bar.close()
+            fail(f"loss of {arm} is {mean} at step {step}; the last checkpoint is kept", code=1)
+        speed = step * cfg.batch_size * cfg.seq_len / seconds
+        bar.set_postfix(loss=f"{mean:.3f}", tokens_per_s=f"{speed:.0f}")
+        history.append(dict(arm=arm, step=step, loss=mean, val_loss=val_loss, seconds=seconds))
+        state = dict(config=identity(cfg), step=step, history=history, model=model.state_dict(),
+                     opt=opt.state_dict())
+        run.write(f"{arm}.pt", lambda file: torch.save(state, file))
+        losses, start = [], time.perf_counter()
+    bar.close()
+    return history
+
+# ---- 7. Evaluation -------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(model, cfg, run):
+    """Validation loss in nats per character under both rules, and what the routers do."""
+    parts = []
+    for i in range(cfg.eval_batches):
+        torch.manual_seed(i)
+        batch = run.to_device(make_batch(cfg, "val", i))
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+            topk, p, label = model.train()(batch["idx"])    # no dropout: the mode is the rule
+            causal, _, keep = model.eval()(batch["idx"])
+        nll_topk, nll = (F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none")
+                         for logits in (topk, causal))
+        parts.append([nll_topk, nll, p > 0, label, keep])
+    nll_topk, nll, guess, label, keep = (torch.cat(part, dim=-2).cpu() for part in zip(*parts))
+    metrics = {"loss": nll.mean().item(), "loss_topk": nll_topk.mean().item()}
+    if len(keep):
+        rates = torch.stack([guess[label].float().mean(), (~guess[~label]).float().mean()])
+        n = keep.sum(0)                                                 # (B, T)
+        classes = [n == j for j in range(len(keep) + 1)]
+        metrics |= {"keep_rate": keep.float().mean().item(),
+                    "balanced_accuracy": rates.nanmean().item(),
+                    "loss_by_passes": [nll[c].mean().item() if c.sum() > 99 else None
+                                       for c in classes]}   # not of a handful
+    return metrics
+
+def decode(model, cfg, run):
+    """Milliseconds per token with a KV cache, best of three, and a sample with its routing."""
+    (tok, splits), result, n_new = read_text(cfg.corpus), {}, cfg.seq_len // 4
+    for batch_size in (32, 1):
+        prompt = splits["val"][: cfg.seq_len - n_new].repeat(batch_size, 1).to(run.device)
+        sample = functools.partial(generate, model, prompt, n_new, cfg.temp)
+        seconds = min(timeit.repeat(sample, number=1, repeat=3))
+        result[f"decode_ms_b{batch_size}"] = 1e3 * seconds / n_new
+    idx, keep = sample()
+    return result | {"sample": tok.decode(idx[0]), "sample_routing": keep[:, 0].int().tolist()}
+
+# ---- 8. Experiment -------------------------------------------------------------------------------
+def select(arms, cfg, run):
+    """The {arm: Config} that --only leaves. Fails before anything runs if a checkpoint is unfit."""
+    chosen = cfg.only.split(",") if cfg.only else list(arms)
+    if unknown := set(chosen) - set(arms):
+        fail(f"only={cfg.only}: {unknown.pop()!r} is no arm; choose from {','.join(arms)}")
+    for arm in chosen:
+        there = run.load and (run.out / f"{arm}.pt").exists()
+        step = load_checkpoint(run, arm, arms[arm])["step"] if there else 0
+        if cfg.eval_only and step < arms[arm].steps:
+            fail(f"{run.out / arm}.pt is not trained to the end; run with --resume first")
+    return {arm: arm_cfg for arm, arm_cfg in arms.items() if arm in chosen}
+
+def scale(cfg, ratio):
+    """The Config with --budget worked in and `ratio` times the steps."""
+    steps, warmup = round(cfg.steps * cfg.budget * ratio), round(cfg.warmup * cfg.budget)
+    return replace(cfg, steps=max(1, steps), warmup=warmup, budget=1.0)
+
+def table(rows):
+    """A list of dicts with the same keys -> aligned text."""
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    width = [max(map(len, column)) for column in zip(list(rows[0]), *cells)]
+    return "\n".join("  ".join(map(str.rjust, line, width)) for line in [list(rows[0]), *cells])
+
+def report(cfg, run, arms, columns, claims, **more):
+    """Prints arms and claims as tables, writes log.csv and results.json, returns the latter.
+
+    A claim (name, measure, relation, needed) holds if measure(arms) <= or >= needed. It is not
+    judged below the full budget, or where an arm that it needs was left out.
+    """
+    verdicts = []
+    for name, measure, relation, needed in claims:
+        try:
+            value = measure(arms)
+            holds = value <= needed if relation == "<=" else value >= needed
+        except (LookupError, TypeError):
+            value, holds = None, None
+        judged = value is not None and cfg.budget >= 1 and not cfg.smoke
+        verdict = "not judged" if not judged else "holds" if holds else "does not hold"
+        verdicts.append({"claim": name, "measured": value, "needed": f"{relation} {needed}",
+                         "verdict": verdict})
+    if run.rank == 0:
+        print(table([{"arm": a, **{c: m.get(c, "-") for c in columns}} for a, m in arms.items()]))
+        print("\n" + table(verdicts))
+    gpu = torch.cuda.get_device_name() if run.device.type == "cuda" else None
+    machine = dict(python=sys.version.split()[0], torch=torch.__version__, processes=run.world,
+                   device=gpu or f"{run.device.type}, {torch.get_num_threads()} threads")
+    results = dict(script=NAME, config=asdict(cfg), environment=machine, **more, arms=arms,
+                   claims=verdicts, seconds=time.perf_counter() - run.start)
+    rows = [row for m in arms.values() for row in m["history"]]
+    lines = [",".join(rows[0])] + [",".join(map(str, row.values())) for row in rows]
+    run.write("log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    run.write("results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+    return results
+
+def experiment(cfg, run):
+    """Trains and evaluates every arm with the same training FLOPs. Returns {arm: metrics}."""
+    shallow = max(1, cfg.n_layer - len(cfg.routed))     # the routed blocks deleted
+    arms = {"dense": dict(routed_every=0), "shallow": dict(routed_every=0, n_layer=shallow),
+            "mod": {}, "random": dict(routing="random")}
+    if cfg.full:
+        arms |= {f"capacity {c}": dict(capacity=c) for c in (0.0625, 0.25, 0.5)}
+        arms |= {"every block": dict(routed_every=1), "raw gate": dict(gate="raw"),
+                 "no gate": dict(gate="none"), "aux loss": dict(causal="aux")}
+    vocab_size, results = len(read_text(cfg.corpus)[0]), {}
+    arms = {arm: replace(cfg, **changes) for arm, changes in arms.items()}
+    flops = {arm: flops_per_token(arm_cfg, vocab_size) for arm, arm_cfg in arms.items()}
+    arms = {arm: scale(arm_cfg, flops["dense"] / flops[arm]) for arm, arm_cfg in arms.items()}
+    for arm, arm_cfg in select(arms, cfg, run).items():
+        torch.manual_seed(cfg.seed)
+        model = MoD(arm_cfg, vocab_size).to(run.device)
+        history = train(arm, model, arm_cfg, run)
+        seconds, long = history[-1]["seconds"], replace(arm_cfg, eval_batches=8 * cfg.eval_batches)
+        results[arm] = dict(params=sum(p.numel() for p in model.parameters()), steps=arm_cfg.steps,
+                            mflops_per_token=flops[arm] / 1e6, seconds=seconds,
+                            ms_per_step=1e3 * seconds / arm_cfg.steps, **evaluate(model, long, run),
+                            **decode(model, arm_cfg, run), history=history)
+    return results
+
+COLUMNS = """params mflops_per_token steps seconds ms_per_step loss loss_topk keep_rate
+             decode_ms_b1 decode_ms_b32""".split()
+CLAIMS = [  # name, measured from the arms, relation, needed
+    ("M1 loss: dense - mod", lambda a: a["dense"]["loss"] - a["mod"]["loss"], ">=", 0.03),
+    ("M2 loss: random - mod", lambda a: a["random"]["loss"] - a["mod"]["loss"], ">=", 0.02),
+    ("M3 loss: causal - top-k", lambda a: a["mod"]["loss"] - a["mod"]["loss_topk"], "<=", 0.02),
+    ("M3 predictor, balanced accuracy", lambda a: a["mod"]["balanced_accuracy"], ">=", 0.85),
+    ("M4 loss of tokens: 2 blocks - 0 blocks",
+     lambda a: a["mod"]["loss_by_passes"][2] - a["mod"]["loss_by_passes"][0], ">=", 0.2),
+    ("M4 step time: mod / dense",
+     lambda a: a["mod"]["ms_per_step"] / a["dense"]["ms_per_step"], "<=", 0.70),
+    ("M5 loss: shallow - mod", lambda a: a["shallow"]["loss"] - a["mod"]["loss"], ">=", 0.0),
+]
+STYLES = {  # the same colour for the same role in every script, and a second cue
+    "mod": dict(color="#0072b2", linestyle="-", linewidth=4),
+    "dense": dict(color="#000000", linestyle="--", linewidth=2.5),
+    "shallow": dict(color="#e69f00", linestyle="-.", linewidth=2.5),
+    "random": dict(color="#d55e00", linestyle=":", linewidth=3),
+}
+
+@matplotlib.rc_context({"font.size": 14, "figure.constrained_layout.use": True})
+def plot(cfg, run, results):
+    """Draws NAME.png: what the FLOPs buy, who is routed in a sample, how hard those tokens are."""
+    arms = {arm: m for arm, m in results["arms"].items() if arm in STYLES}
+    figure = Figure(figsize=(18, 6))
+    curves, sample, bars = figure.subplots(1, 3, width_ratios=[1, 1.2, 0.7])
+    for arm, m in arms.items():
+        flops = 3 * 1e6 * m["mflops_per_token"] * cfg.batch_size * cfg.seq_len
+        curves.plot([row["step"] * flops / 1e12 for row in m["history"]],
+                    [row["val_loss"] for row in m["history"]], **STYLES[arm],
+                    label=f"{arm} {m['loss']:.3f}, {m['steps']} steps of {m['ms_per_step']:.0f} ms")
+    best = min(arms, key=lambda arm: arms[arm]["loss"])
+    curves.set(xlabel="training compute (TFLOP)", ylabel="validation loss (nats per character)",
+               title=f"At equal training FLOPs {best} ends lowest")
+    curves.legend()
+    if "mod" in arms:
+        text, n = arms["mod"]["sample"][:-1], min(48, cfg.seq_len - 1)  # the last is no input
+        grid = torch.full((cfg.n_layer, n), 0.3)
+        grid[cfg.routed] = torch.tensor(arms["mod"]["sample_routing"])[:, -n:].float()
+        sample.imshow(grid.numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1.1)
+        sample.set_xticks(range(n), [repr(c)[1:-1] for c in text[-n:]], fontsize=10)
+        sample.set(xlabel="characters of a decoded sample", ylabel="block (plain rows take all)",
+                   title="Dark: the character enters a routed block")
+    for j, arm in enumerate(arm for arm in ("mod", "random") if arm in arms):
+        loss = [math.nan if v is None else v for v in arms[arm]["loss_by_passes"]]
+        bars.bar([i + 0.4 * j for i in range(len(loss))], loss, 0.4, label=arm, hatch=["", "//"][j],
+                 color=STYLES[arm]["color"], edgecolor="white")
+        bars.legend()
+    bars.set(xlabel="routed blocks entered by a character", ylabel="its validation loss (nats)",
+             title="Who enters more blocks")
+    figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)
+    run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=100))
+
+# ---- 9. main -------------------------------------------------------------------------------------
+def main(argv=None):
+    """Runs what the command line says; returns what results.json holds."""
+    with session(argv) as (cfg, run):
+        text = load_corpus(cfg.corpus)
+        corpus = dict(characters=len(text), sha256=hashlib.sha256(text.encode()).hexdigest())
+        results = report(cfg, run, experiment(cfg, run), COLUMNS, CLAIMS, corpus=corpus)
+        plot(cfg, run, results)
+        return results
+
+if __name__ == "__main__":
+    main()

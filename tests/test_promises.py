@@ -1,0 +1,707 @@
+"""What every script promises, whatever its method: flags, bad input, resuming, compiling, seeds.
+
+A script is covered as soon as it lies at the repository root. One smoke run serves most tests.
+"""
+
+import contextlib
+import copy
+import csv
+import functools
+import importlib
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+ALL = "mod mor tah adainfer coconut looped recurrent_depth hrpo llada remdm softmask".split()
+NAMES = [name for name in ALL if (ROOT / f"{name}.py").exists()]
+
+
+# ---- helpers -------------------------------------------------------------------------------------
+
+
+def smoke_run(script, out, *flags):
+    return script.main(["--smoke", "--out", str(out), *flags])
+
+
+def timeless(value):
+    """A result without what a clock measured."""
+    clock = re.compile(r"seconds|ms_|.*_ms_|.*_ms$|tokens_per_s")
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not clock.match(k)}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def read_log(out):
+    """The rows of log.csv as they stand there, without the clock's column."""
+    with open(Path(out) / "log.csv", newline="") as file:
+        return [timeless(row) for row in csv.DictReader(file)]
+
+
+def read_strict(path):
+    """A JSON file. NaN and Infinity, which JSON does not have, raise."""
+    def refuse(constant):
+        raise AssertionError(f"{path} holds {constant}, which is no JSON")
+    return json.loads(Path(path).read_text(), parse_constant=refuse)
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def other_value(field, value):
+    """A legal value of a Config field that is not `value`."""
+    if get_args(field.type):
+        return next(choice for choice in get_args(field.type) if choice != value)
+    return {int: 1 if value != 1 else 2, float: value / 2 if value else 0.5}[field.type]
+
+
+def refused(script, capsys, folder, *flags, out=None):
+    """Asserts exit code 2, one line on stderr and the same files as before; returns the line."""
+    before = files(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        smoke_run(script, out or folder, *map(str, flags))
+    stdout, line = capsys.readouterr()
+    assert stop.value.code == 2
+    assert re.fullmatch(rf"{script.NAME}: [^\r\n]+\n", line), line
+    assert stdout == ""
+    assert files(folder) == before
+    return line
+
+
+def start(script, cwd, *flags, **variables):
+    """The script in a process of its own; it writes to the folder `out` below `cwd`."""
+    command = [sys.executable, str(ROOT / f"{script.NAME}.py"), "--out", "out", *flags]
+    env, pipe = dict(os.environ, OMP_NUM_THREADS="1", **variables), subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env)
+
+
+def finish(processes):
+    """What they print, as (stdout, stderr). None of them outlives the test."""
+    try:
+        return [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def global_state():
+    """What a run might leave behind in the process."""
+    return dict(
+        dtype=torch.get_default_dtype(), device=torch.get_default_device(),
+        threads=torch.get_num_threads(), grad=torch.is_grad_enabled(),
+        autocast=torch.is_autocast_enabled("cpu"), rng=torch.get_rng_state().tolist(),
+        numpy=np.random.get_state()[1].tolist(), python=random.getstate(),
+        denormal=torch.full((3,), 1e-40).mul(1).tolist(), cudnn=torch.backends.cudnn.benchmark,
+        precision=torch.get_float32_matmul_precision(), cwd=os.getcwd(), environ=dict(os.environ),
+        deterministic=torch.are_deterministic_algorithms_enabled(), path=list(sys.path),
+        group=torch.distributed.is_initialized(), stdout=sys.stdout, stderr=sys.stderr)
+
+
+@contextlib.contextmanager
+def counted_steps(script):
+    """Yields a list that grows with every call of loss_fn in training."""
+    steps, loss_fn = [], script.loss_fn
+
+    def counting(model, batch, cfg):
+        steps.extend([cfg] * torch.is_grad_enabled())
+        return loss_fn(model, batch, cfg)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "loss_fn", counting)
+        yield steps
+
+
+@contextlib.contextmanager
+def recorded(script):
+    """Yields the calls of loss_fn in training: for every model and Config, weights and batches."""
+    calls, loss_fn = {}, script.loss_fn
+
+    def recording(model, batch, cfg):
+        if torch.is_grad_enabled():
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+            new = SimpleNamespace(model=model, cfg=cfg, weights=weights, batches=[])
+            calls.setdefault((id(model), repr(cfg)), new).batches.append(batch)
+        return loss_fn(model, batch, cfg)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "loss_fn", recording)
+        yield calls.values()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models gain nothing from more, and lose much where other work runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def smoke(script, tmp_path_factory):
+    """One smoke run in another working directory: what it returns, prints, writes, trains on."""
+    folder, stdout, stderr = tmp_path_factory.mktemp("smoke"), io.StringIO(), io.StringIO()
+    state, begin = global_state(), time.perf_counter()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        with recorded(script) as calls, pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            results = script.main(["--smoke"])
+    seconds, arms = time.perf_counter() - begin, list(results["arms"])
+    changed = [name for name, value in global_state().items() if value != state[name]]
+    return SimpleNamespace(results=results, seconds=seconds, calls=list(calls), changed=changed,
+                           arms=arms, arm=script.NAME if script.NAME in arms else arms[-1],
+                           out=folder / "out" / script.NAME, stdout=stdout.getvalue(),
+                           stderr=stderr.getvalue())
+
+
+@pytest.fixture(scope="module")
+def full(script, tmp_path_factory):
+    """A smoke run of all arms, the ablations included."""
+    out = tmp_path_factory.mktemp("full")
+    with recorded(script) as calls:
+        return SimpleNamespace(results=smoke_run(script, out, "--full"), out=out, calls=list(calls))
+
+
+@pytest.fixture(scope="module")
+def whole(script, smoke, tmp_path_factory):
+    """A run with more checkpoints that nothing interrupts."""
+    out, begin = tmp_path_factory.mktemp("whole"), time.perf_counter()
+    arms = ",".join(dict.fromkeys([smoke.arms[0], smoke.arm, smoke.arms[-1]]))
+    flags = ["--steps", "9", "--eval_every", "3", "--only", arms]
+    with counted_steps(script) as steps:
+        results = smoke_run(script, out, *flags)
+    seconds = time.perf_counter() - begin
+    return SimpleNamespace(results=results, out=out, flags=flags, steps=len(steps), seconds=seconds)
+
+
+@pytest.fixture
+def trained(smoke, tmp_path):
+    """A copy of the folder of the smoke run."""
+    return shutil.copytree(smoke.out, tmp_path / "trained")
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def test_help_lists_every_field_with_its_comment(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    source = (ROOT / f"{script.NAME}.py").read_text()
+    assert stop.value.code == 0
+    for field in fields(script.Config):
+        comment = re.search(rf"^    {field.name}: .*?  # (.+)$", source, re.M)[1]
+        value = rf"({field.name.upper()}|\{{[^}}]*\}}|,--no-{field.name})"
+        comment = re.escape("".join(comment.split()))
+        assert re.search(f"--{field.name}{value}{comment}", text), field.name
+
+
+def test_every_field_is_a_flag_and_a_flag_beats_the_smoke_sizes(script):
+    assert script.parse_args([]) == script.Config()
+    cfg = script.parse_args(["--smoke", "--steps", "7"])
+    assert cfg.steps == 7 and {**vars(cfg), **script.SMOKE, "steps": 7} == vars(cfg)
+    for field in fields(script.Config):
+        if field.type is bool:
+            on, off = f"--{field.name}", f"--no-{field.name}"
+            assert getattr(script.parse_args([off, on]), field.name) is True
+            assert getattr(script.parse_args([on, off]), field.name) is False
+
+
+def test_main_returns_what_results_json_holds(smoke):
+    assert smoke.results == read_strict(smoke.out / "results.json")
+
+
+def test_smoke_run_is_quick_and_leaves_the_promised_files(script, smoke):
+    arms = smoke.results["arms"]
+    named = {f"{arm}.pt" for arm in arms} | {"results.json", "log.csv", f"{script.NAME}.png"}
+    assert {path.name for path in smoke.out.iterdir()} == named
+    assert smoke.seconds < 20
+    with open(smoke.out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) >= {"arm", "step", "loss", "val_loss", "seconds"}
+    assert {row["arm"] for row in rows} == set(arms)
+    for row in rows:
+        assert int(row["step"]) > 0
+        assert all(math.isfinite(float(row[name])) for name in ("loss", "val_loss", "seconds"))
+
+
+def test_picture_is_a_png_of_a_readable_size(script, smoke):
+    data = (smoke.out / f"{script.NAME}.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    assert int.from_bytes(data[16:20], "big") >= 600
+
+
+def test_results_have_the_promised_keys_and_a_smoke_run_judges_nothing(script, smoke):
+    results = smoke.results
+    assert set(results) >= {"script", "config", "environment", "arms", "claims", "seconds"}
+    assert results["script"] == script.NAME
+    assert results["config"] == vars(script.parse_args(["--smoke"]))
+    for metrics in results["arms"].values():
+        assert metrics["params"] > 0 and metrics["steps"] > 0 and metrics["seconds"] > 0
+    assert results["claims"]
+    for claim in results["claims"]:
+        assert set(claim) == {"claim", "measured", "needed", "verdict"}
+        assert claim["verdict"] == "not judged"
+
+
+def test_run_prints_arms_and_claims_and_a_bar_for_every_arm(smoke):
+    for arm in smoke.results["arms"]:
+        assert re.search(rf"^\s*{re.escape(arm)}\s", smoke.stdout, re.M)
+        assert re.search(rf"{re.escape(arm)}: 100%.*loss=.*tokens_per_s=", smoke.stderr)
+    for claim in smoke.results["claims"]:
+        assert re.search(re.escape(claim["claim"]) + ".*not judged", smoke.stdout)
+
+
+def test_claims_are_judged_from_the_full_budget_on(script, smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "experiment", lambda cfg, run: smoke.results["arms"])
+    sizes = [f"--{name}={value}" for name, value in script.SMOKE.items()]
+    for budget in ("1", "2", "0.5"):
+        claims = smoke_run(script, tmp_path, "--no-smoke", *sizes, "--budget", budget)["claims"]
+        allowed = {"not judged"} if budget == "0.5" else {"holds", "does not hold"}
+        assert {claim["verdict"] for claim in claims} <= allowed, budget
+
+
+# ---- every choice runs ---------------------------------------------------------------------------
+
+
+def test_every_choice_runs_and_gives_finite_numbers(script, smoke, tmp_path):
+    common = "device dtype compile smoke full resume eval_only".split()
+    for field in fields(script.Config):
+        choices = get_args(field.type) or (("--", "--no-") if field.type is bool else ())
+        for choice in choices if field.name not in common else ():
+            flags = [f"{choice}{field.name}"] if field.type is bool else [f"--{field.name}", choice]
+            if choice not in (field.default, "--no-" if not field.default else "--"):
+                smoke_run(script, tmp_path, "--only", smoke.arm, *flags)
+                assert list(read_strict(tmp_path / "results.json")["arms"]) == [smoke.arm], flags
+
+
+def test_full_adds_arms_to_those_of_the_default_run(smoke, full):
+    assert read_strict(full.out / "results.json") == full.results
+    arms = timeless(full.results["arms"])
+    assert len(arms) > len(smoke.results["arms"])
+    assert {arm: arms[arm] for arm in smoke.results["arms"]} == timeless(smoke.results["arms"])
+
+
+def test_bfloat16_runs_on_a_cpu_and_changes_the_numbers_a_little(script, smoke, tmp_path):
+    smoke_run(script, tmp_path, "--only", smoke.arm, "--dtype", "bfloat16", "--device", "cpu")
+    read_strict(tmp_path / "results.json")
+    exact = [row for row in read_log(smoke.out) if row["arm"] == smoke.arm]
+    for row, want in zip(read_log(tmp_path), exact, strict=True):
+        assert row["val_loss"] != want["val_loss"]
+        assert float(row["val_loss"]) == pytest.approx(float(want["val_loss"]), rel=0.05)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+BAD = ["--bogus 1", "--step 3", "--smoke=1", "stray", "--steps x", "--steps 1.5", "--lr x",
+       "--device tpu", "--steps 0", "--lr -1", "--lr 0", "--lr inf", "--budget 0", "--budget 1e-9",
+       "--seed -1", "--seed 100000000000000000000", "--n_embd 7 --n_head 4", "--only no_such_arm"]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_flag_gets_one_line_and_nothing_is_written(script, capsys, tmp_path, line):
+    (tmp_path / "results.json").write_text("old")
+    name, flags = line.split()[0].strip("-").split("=")[0], line.split()
+    for out in (tmp_path, tmp_path / "new"):
+        assert name in refused(script, capsys, tmp_path, *flags, out=out)
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
+def test_nothing_to_load_is_refused(script, capsys, tmp_path, mode):
+    for out in (tmp_path, tmp_path / "new"):
+        assert "no checkpoint" in refused(script, capsys, tmp_path, mode, out=out)
+
+
+def test_no_number_may_be_nan_and_no_count_negative(script, capsys, tmp_path):
+    for field in fields(script.Config):
+        if field.type in (int, float):
+            wrong = "nan" if field.type is float else "-1"
+            assert field.name in refused(script, capsys, tmp_path, f"--{field.name}={wrong}")
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"too short", b"\xff\xfe text" * 1000])
+def test_bad_corpus_is_refused(script, capsys, tmp_path, content):
+    if "corpus" not in vars(script.Config()):
+        pytest.skip("makes its own data")
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert path.name in refused(script, capsys, tmp_path, "--corpus", path, out=tmp_path / "out")
+
+
+def test_folder_that_cannot_be_one_is_refused(script, capsys, tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(out) in refused(script, capsys, tmp_path, out=out)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_device_that_is_not_there_is_refused(script, capsys, tmp_path, device):
+    if getattr(torch, device).is_available():
+        pytest.skip(f"{device} is there")
+    assert device in refused(script, capsys, tmp_path, "--device", device)
+
+
+def test_bad_input_in_a_real_process(script, tmp_path):
+    wrong = ["--bogus"], ["--steps", "0"]
+    processes = [start(script, tmp_path, *flags) for flags in wrong]
+    for process, (out, err) in zip(processes, finish(processes)):
+        assert process.returncode == 2 and out == ""
+        assert err.startswith(f"{script.NAME}: ") and err.count("\n") == 1
+    assert not files(tmp_path)
+
+
+# ---- interrupted runs ----------------------------------------------------------------------------
+
+
+def resume(script, whole, out):
+    """Asserts that the run in `out` ends like the whole one and trains only what was missing."""
+    trained = sum(torch.load(path, weights_only=True)["step"] for path in out.glob("*.pt"))
+    with counted_steps(script) as steps:
+        results = smoke_run(script, out, *whole.flags, "--resume")
+    assert timeless(results["arms"]) == timeless(whole.results["arms"])
+    assert read_log(out) == read_log(whole.out)
+    assert trained > 0 and len(steps) < whole.steps
+
+
+def test_killed_run_resumes_to_the_same_numbers(script, whole, tmp_path):
+    early, late = tmp_path / "early" / "out", tmp_path / "late" / "out"
+    delays = {early: 0.0, late: random.uniform(0.1, 0.9) * whole.seconds}
+    processes = {}
+    for out in delays:
+        out.mkdir(parents=True)
+        processes[out] = start(script, out.parent, "--smoke", *whole.flags)
+    for out, process in processes.items():
+        while not any(out.glob("*.pt")) and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(delays[out])
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (early / "results.json").exists(), "the run was over before it was killed"
+    for name in ("log.csv", "results.json", *(path.name for path in early.glob("*.pt"))):
+        (early / f"{name}.part").write_bytes(b"half a fi")
+    for out in delays:
+        resume(script, whole, out)
+
+
+@pytest.mark.parametrize("at", ["second", "last"])
+def test_run_that_dies_while_it_writes_a_checkpoint_keeps_the_one_before(
+        script, whole, tmp_path, monkeypatch, at):
+    calls, save, count = [], torch.save, 2 if at == "second" else len(read_log(whole.out))
+
+    def dying(state, file, *args, **keywords):
+        calls.append(file)
+        if len(calls) < count:
+            return save(state, file, *args, **keywords)
+        path = isinstance(file, (str, os.PathLike))
+        with open(file, "wb") if path else contextlib.nullcontext(file) as stream:
+            stream.write(b"PK half a checkpoint")
+            stream.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", dying)
+        smoke_run(script, tmp_path, *whole.flags)
+    resume(script, whole, tmp_path)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "code", "no state"])
+def test_damaged_checkpoint_is_refused_and_kept(
+        script, smoke, trained, capsys, tmp_path, mode, damage):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = trained / f"{smoke.arms[-1]}.pt"
+    data = path.read_bytes()
+    if damage in ("code", "no state"):
+        torch.save(Code() if damage == "code" else {"a": torch.ones(1)}, path)
+    else:
+        content = {"truncated": data[: len(data) // 2], "empty": b"", "text": b"hello\n"}
+        path.write_bytes(content[damage])
+    assert path.name in refused(script, capsys, trained, mode)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoint_of_another_script_is_refused(script, trained, capsys, monkeypatch):
+    name = script.NAME
+    monkeypatch.setattr(script, "NAME", "another")
+    assert name in refused(script, capsys, trained, "--resume")
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--eval_only"])
+def test_checkpoint_of_another_config_is_refused(script, trained, capsys, mode):
+    for name, value in {"lr": 0.001234, "seed": 7, "weight_decay": 0.2, "n_layer": 8}.items():
+        assert f"{name}=" in refused(script, capsys, trained, mode, f"--{name}", value)
+
+
+def test_checkpoint_of_another_text_is_refused(script, smoke, capsys, tmp_path):
+    if "corpus" not in vars(script.Config()):
+        pytest.skip("makes its own data")
+    path, out = tmp_path / "corpus.txt", tmp_path / "out"
+    text = "the quick brown fox jumps over the lazy dog. " * 100
+    path.write_text(text)
+    flags = ["--corpus", str(path), "--only", smoke.arm]
+    smoke_run(script, out, *flags)
+    for animal in ("FOX", "god"):       # another alphabet, the same alphabet
+        path.write_text(text.replace("fox", animal))
+        for function in vars(script).values():
+            getattr(function, "cache_clear", lambda: None)()
+        refused(script, capsys, out, *flags, "--eval_only")
+
+
+def test_eval_only_reproduces_the_evaluation_and_trains_nothing(script, smoke, trained):
+    with counted_steps(script) as steps:
+        results = smoke_run(script, trained, "--eval_only")
+    assert timeless(results["arms"]) == timeless(smoke.results["arms"])
+    assert read_log(trained) == read_log(smoke.out) and not steps
+    for path in trained.glob("*.pt"):
+        assert path.read_bytes() == (smoke.out / path.name).read_bytes()
+
+
+def test_eval_only_accepts_every_inference_field(script, smoke, trained):
+    cfg = script.parse_args(["--smoke"])
+    for field in fields(script.Config):
+        if field.name in script.Config.inference:
+            value = other_value(field, getattr(cfg, field.name))
+            flags = ["--eval_only", "--only", smoke.arm, f"--{field.name}", str(value)]
+            results = smoke_run(script, trained, *flags)
+            assert results["config"][field.name] == value
+
+
+def test_eval_only_refuses_a_run_that_was_not_finished(script, smoke, trained, capsys):
+    path = trained / f"{smoke.arms[-1]}.pt"
+    path.unlink()
+    assert path.stem in refused(script, capsys, trained, "--eval_only")
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+# Arms whose model draws its own noise: two processes draw the same for different rows.
+NOISY_ARMS = {("mod", "random")}
+
+
+def test_two_processes_equal_one_and_only_the_first_writes_and_prints(script, smoke, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    processes = []
+    for rank in ("0", "1"):     # as torchrun does; the working directories show who writes
+        (tmp_path / rank).mkdir()
+        variables = dict(world, RANK=rank, LOCAL_RANK=rank)
+        processes.append(start(script, tmp_path / rank, "--smoke", **variables))
+    (_, err), (silent, quiet) = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], err[-3000:]
+    assert silent == "" and "step/s" not in quiet and not files(tmp_path / "1")
+    out = tmp_path / "0" / "out"
+    results = read_strict(out / "results.json")
+    assert results["environment"]["processes"] == 2
+    for row, want in zip(read_log(out), read_log(smoke.out), strict=True):
+        assert (row["arm"], row["step"]) == (want["arm"], want["step"])
+        if (script.NAME, row["arm"]) in NOISY_ARMS:
+            continue
+        for column in ("loss", "val_loss"):
+            assert float(row[column]) == pytest.approx(float(want[column]), abs=1e-5), row
+    for arm, metrics in results["arms"].items():
+        for name, value in timeless(metrics).items():
+            if isinstance(value, float) and (script.NAME, arm) not in NOISY_ARMS:
+                want = smoke.results["arms"][arm][name]
+                assert value == pytest.approx(want, abs=1e-5), (arm, name)
+
+
+# ---- compiling and devices -----------------------------------------------------------------------
+
+
+def alike(call):
+    """Up to three batches of one shape that the smoke run gave to loss_fn."""
+    shapes = [{name: value.shape for name, value in batch.items()} for batch in call.batches]
+    return [batch for batch, shape in zip(call.batches, shapes) if shape == shapes[-1]][-3:]
+
+
+def compare_with_eager(script, call, backend):
+    """Asserts that loss_fn compiles to one graph for all batches, with eager's gradients."""
+    graphs, model, compiler = [], call.model.train(), lookup_backend(backend)
+
+    def counting(graph, inputs, **keywords):
+        graphs.append(graph)
+        return compiler(graph, inputs, **keywords)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(script.loss_fn, fullgraph=True, dynamic=False, backend=counting)
+    batches = alike(call)
+    assert len(batches) > 1
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in batches:
+            found = []
+            for loss_fn in (script.loss_fn, compiled):
+                model.zero_grad()
+                torch.manual_seed(0)
+                loss, _ = loss_fn(model, batch, call.cfg)
+                loss.backward()
+                grads = [p.grad for p in model.parameters() if p.grad is not None]
+                found.append([loss.detach(), *grads])
+            torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_every_arm_compiles_to_one_graph_with_eager_results(script, smoke):
+    for call in smoke.calls:
+        compare_with_eager(script, call, "aot_eager" if call is smoke.calls[-1] else "eager")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_inductor_agrees_with_eager(tmp_path):
+    mod = pytest.importorskip("mod")
+    with recorded(mod) as calls:
+        smoke_run(mod, tmp_path, "--only", "mod", "--n_layer", "1", "--routed_every", "1")
+    with torch._inductor.config.patch(fallback_random=True):
+        compare_with_eager(mod, list(calls)[0], "inductor")
+
+
+def test_run_with_compile_on_gives_the_numbers_of_the_eager_run(
+        script, smoke, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    smoke_run(script, tmp_path, "--only", smoke.arm, "--compile", "on")
+    assert compiled
+    want = [row for row in read_log(smoke.out) if row["arm"] == smoke.arm]
+    for row, exact in zip(read_log(tmp_path), want, strict=True):
+        for column in ("loss", "val_loss"):
+            assert float(row[column]) == pytest.approx(float(exact[column]), abs=1e-5), row
+
+
+def test_every_arm_runs_on_the_meta_device_and_trains_every_parameter(script, full, monkeypatch):
+    no_autocast = contextlib.nullcontext()      # the meta device has none
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: no_autocast)
+    for call in full.calls:
+        model = copy.deepcopy(call.model).to("meta").train()
+        model.zero_grad()
+        batch = {name: value.to("meta") for name, value in call.batches[-1].items()}
+        loss, _ = script.loss_fn(model, batch, call.cfg)
+        loss.backward()
+        idle = [name for name, p in model.named_parameters() if p.grad is None]
+        assert loss.is_meta and not idle, call.cfg      # DistributedDataParallel refuses idle ones
+
+
+# ---- the same numbers, and numbers at all --------------------------------------------------------
+
+
+def test_seed_alone_decides_the_numbers_of_an_arm(script, smoke, tmp_path):
+    """Not the clock, and not the arms that ran before."""
+    again = smoke_run(script, tmp_path / "again", "--only", smoke.arm)
+    want = [row for row in read_log(smoke.out) if row["arm"] == smoke.arm]
+    assert timeless(again["arms"][smoke.arm]) == timeless(smoke.results["arms"][smoke.arm])
+    assert read_log(tmp_path / "again") == want
+    with recorded(script) as calls:
+        smoke_run(script, tmp_path / "other", "--seed", "2", "--only", smoke.arm)
+    first = list(calls)[0].weights
+    assert not any(torch.equal(first, call.weights) for call in smoke.calls)
+    assert not {row["loss"] for row in want} & {row["loss"] for row in read_log(tmp_path / "other")}
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+        script, smoke, capsys, tmp_path, monkeypatch, fault):
+    first = smoke.arms[0]
+    good, loss_fn, calls = script.SMOKE["eval_every"], script.loss_fn, []
+
+    def failing(model, batch, cfg):
+        loss, stats = loss_fn(model, batch, cfg)
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) > good and fault == "loss":
+            return loss * math.nan, {name: value * math.nan for name, value in stats.items()}
+        if sum(calls) == 2 * good and calls[-1]:    # fine in this step, not in the next
+            loss = loss + (0 * next(model.parameters())).sum().sqrt()
+        return loss, stats
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(script, "loss_fn", failing)
+        smoke_run(script, tmp_path, "--only", first)
+    message = capsys.readouterr().err.split("\n")[-2]
+    assert stop.value.code == 1
+    assert message.startswith(f"{script.NAME}: ")
+    assert first in message and re.search(r"step \d", message)
+    assert torch.load(tmp_path / f"{first}.pt", weights_only=True)["step"] == good
+    assert not (tmp_path / "results.json").exists()
+    again = smoke_run(script, tmp_path, "--only", first, "--resume")["arms"]
+    assert timeless(again[first]) == timeless(smoke.results["arms"][first])
+
+
+# ---- use from a notebook -------------------------------------------------------------------------
+
+
+def test_first_run_leaves_global_settings_as_they_were(smoke):
+    assert not smoke.changed
+
+
+@pytest.mark.parametrize("flush, precision", [(False, "highest"), (True, "medium")])
+@pytest.mark.parametrize("end", ["normal", "error", "interrupt", "bad input"])
+def test_main_leaves_global_settings_as_they_were(
+        script, smoke, tmp_path, monkeypatch, flush, precision, end):
+    def broken(model, batch, cfg):
+        raise {"error": RuntimeError, "interrupt": KeyboardInterrupt}[end]
+
+    if end in ("error", "interrupt"):
+        monkeypatch.setattr(script, "loss_fn", broken)
+    flags = ["--only", "no_such_arm" if end == "bad input" else smoke.arm]
+    precision_before = torch.get_float32_matmul_precision()
+    torch.set_flush_denormal(flush)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = global_state()
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt, SystemExit):
+            smoke_run(script, tmp_path, *flags)
+        after = global_state()
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_float32_matmul_precision(precision_before)
+    assert (tmp_path / "results.json").exists() == (end == "normal")
+    assert not [name for name, value in before.items() if after[name] != value]
+
+
+def test_importing_prints_nothing_and_touches_nothing(script, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.rand(1)       # a state that no seed gives
+    before = global_state()
+    spec = importlib.util.spec_from_file_location(script.NAME, ROOT / f"{script.NAME}.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert global_state() == before
+    assert capsys.readouterr() == ("", "") and not files(tmp_path)

@@ -1,0 +1,27 @@
+"""The stored evidence and the README agree."""
+
+import json
+
+import pytest
+
+from tests import reproduce
+
+
+def test_readme_shows_the_stored_numbers():
+    readme = (reproduce.ROOT / "README.md").read_text()
+    assert readme == reproduce.rewrite(readme)
+
+
+@pytest.mark.parametrize("path", sorted(reproduce.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_stored_evidence_is_of_three_seeds_and_has_its_picture(path):
+    stored = json.loads(path.read_text())
+    assert stored["seeds"] == [1, 2, 3] and path.with_suffix(".png").exists()
+    assert all(len(claim["verdicts"]) == 3 for claim in stored["claims"])
+
+
+def test_fingerprint_sees_code_but_not_docstrings_and_comments(tmp_path):
+    marks = []
+    for text in ('"""A."""\nx = 1\n', '"""B."""\nx = 1  # one\n', '"""A."""\nx = 2\n'):
+        (tmp_path / "a.py").write_text(text)
+        marks.append(reproduce.fingerprint(tmp_path / "a.py"))
+    assert marks[0] == marks[1] != marks[2]
