@@ -27,7 +27,8 @@ def fingerprint(path):
     """SHA-256 of a script's syntax tree without docstrings (and without comments)."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        owner = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if owner and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
@@ -65,15 +66,18 @@ def summarise(path, runs):
 
 def table():
     """The README's table of all stored claims."""
-    lines = ["| script | claim | needed | mean over 3 seeds | sd | holds on | minutes |", "|" + "---|" * 7]
+    lines = ["| script | claim | needed | mean over 3 seeds | sd | holds on | minutes |"]
+    lines.append("|" + "---|" * 7)
     for path in scripts():
         if (RESULTS / f"{path.stem}.json").exists():
             stored = json.loads((RESULTS / f"{path.stem}.json").read_text())
             stale = "" if stored["fingerprint"] == fingerprint(path) else " (an earlier version)"
+            minutes = f"{stored['seconds']['mean'] / 60:.1f}"
             for claim in stored["claims"]:
                 holds, m = claim["verdicts"].count("holds"), claim["measured"]
-                lines.append(f"| {path.name}{stale} | {claim['claim']} | {claim['needed']} | {m['mean']:.3f} | "
-                             f"{m['sd']:.3f} | {holds} of 3 | {stored['seconds']['mean'] / 60:.1f} |")
+                cells = [path.name + stale, claim["claim"], claim["needed"], f"{m['mean']:.3f}",
+                         f"{m['sd']:.3f}", f"{holds} of 3", minutes]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

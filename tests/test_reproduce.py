@@ -6,13 +6,15 @@ import pytest
 
 from tests import reproduce
 
+STORED = sorted(reproduce.RESULTS.glob("*.json"))
+
 
 def test_readme_shows_the_stored_numbers():
     readme = (reproduce.ROOT / "README.md").read_text()
     assert readme == reproduce.rewrite(readme)
 
 
-@pytest.mark.parametrize("path", sorted(reproduce.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_stored_evidence_is_of_three_seeds_and_has_its_picture(path):
     stored = json.loads(path.read_text())
     assert stored["seeds"] == [1, 2, 3] and path.with_suffix(".png").exists()
@@ -25,3 +27,12 @@ def test_fingerprint_sees_code_but_not_docstrings_and_comments(tmp_path):
         (tmp_path / "a.py").write_text(text)
         marks.append(reproduce.fingerprint(tmp_path / "a.py"))
     assert marks[0] == marks[1] != marks[2]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_docstring_shows_the_stored_claims(path):
+    doc = (reproduce.ROOT / f"{path.stem}.py").read_text()
+    for claim in json.loads(path.read_text())["claims"]:
+        measured, holds = claim["measured"], claim["verdicts"].count("holds")
+        assert f"{measured['mean']:.3f} +- {measured['sd']:.3f}" in doc, claim["claim"]
+        assert f"needed {claim['needed']}, holds on {holds} of 3" in doc, claim["claim"]
