@@ -133,7 +133,7 @@ class Config:
         return int(self.capacity * T + 1e-6)    # 0.29 * 100 is a little less than 29
 
 SMOKE = dict(n_layer=4, n_head=2, n_embd=16, seq_len=32, batch_size=4, steps=4, warmup=2,
-             eval_every=2, eval_batches=1)
+             lr=1e-3, eval_every=2, eval_batches=1)
 
 # ---- 2. Task -------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=2)
