@@ -1,6 +1,64 @@
-"""Lets `pytest` find the scripts, however it is called."""
+"""Lets `pytest` find the scripts, however it is called, and lets two processes share a whole run.
 
+Every script brings some eighty tests that need one thread. A run of everything on two cores or more
+is therefore split in two: the tests of every second script, and the rest. Both print, and the run
+fails if one of them does.
+"""
+
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.same_name import SCRIPTS  # noqa: E402
+
+HALF = "TEST_HALF"      # 0: the process that was started, 1: its helper
+
+
+def belongs_to(item):
+    """Which half runs a test: that of its script, which its name or its file mentions, or 0."""
+    words = item.nodeid.replace(".py", "").replace("[", "-").replace("]", "-")
+    parts = [part for word in words.split("/") for part in word.split("-")]
+    names = [part.split("::")[0].removeprefix("test_") for part in parts]
+    return next((SCRIPTS.index(name) % 2 for name in names if name in SCRIPTS), 0)
+
+
+def pytest_configure(config):
+    alone = config.invocation_params.args or (os.cpu_count() or 1) < 2 or HALF in os.environ
+    config.helper = None
+    if not alone:
+        config.helper_output = tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+        config.helper = subprocess.Popen(command, cwd=ROOT, env={**os.environ, HALF: "1"},
+                                         stdout=config.helper_output, stderr=subprocess.STDOUT)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.helper or HALF in os.environ:
+        half = int(os.environ.get(HALF, 0))
+        items[:] = [item for item in items if belongs_to(item) == half]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    helper = session.config.helper
+    if helper and helper.wait() not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.helper:
+        config.helper_output.seek(0)
+        terminalreporter.section("the other half")
+        terminalreporter.write(config.helper_output.read())
+
+
+def pytest_unconfigure(config):
+    if config.helper:
+        config.helper.kill()
