@@ -42,7 +42,7 @@ Exercises
   1. --capacity 0.5: at equal FLOPs fewer steps. Does the loss get worse, the leak of M3 smaller?
   2. --routed_every 1: some tokens meet no block at all. What do they cost?
 
-New here: MoD, flops_per_token, generate, decode, read_text, KVCache, STYLES
+New here: MoD, flops_per_token, generate, decode, read_text, KVCache, block_flops
 """
 
 import argparse
