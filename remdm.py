@@ -334,15 +334,15 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 def rope_table(seq_len, head_size, base=10000.0):
-    """Cosines, then sines, of the rotary angles of every position. (T, hs)"""
+    """Factors (cos, cos, -sin, sin) for `rotate`, of the angles of every position. (T, 2 hs)"""
     freq = base ** -(torch.arange(0, head_size, 2) / head_size)     # (hs / 2,)
     angle = torch.arange(seq_len)[:, None] * freq                   # (T, hs / 2)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return torch.cat([angle.cos(), angle.cos(), -angle.sin(), angle.sin()], dim=-1)
 
 def rotate(x, rope):
     """Rotary position embedding (arXiv 2104.09864) of channel pairs (i, i + hs/2). (..., T, hs)"""
-    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope.to(x.dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    cos, sin = rope.to(x.dtype).chunk(2, dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention with rotary positions and normalised queries and keys."""
@@ -356,10 +356,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope, memory=None):
         """(B, T, C) -> (B, T, C). `memory` maps new k, v to all k, v to attend to, and a mask."""
-        B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(norm(qkv[:2]), rope)                              # (B, nh, T, hs)
-        k, v, mask = memory(k, qkv[2]) if memory else (k, qkv[2], None)
+        (B, T, C), n = x.shape, self.n_head
+        qk, v = self.qkv(x).view(B, T, 3 * n, C // n).transpose(1, 2).split([2 * n, n], dim=1)
+        q, k = rotate(norm(qk), rope).chunk(2, dim=1)                   # (B, nh, T, hs)
+        k, v, mask = memory(k, v) if memory else (k, v, None)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
