@@ -302,10 +302,6 @@ def test_chances_by_hand():
     assert sigma[6] == pytest.approx(0.2) and sigma[16] == pytest.approx(0.2 * 0.15 / 0.8)
     decode, sigma = schedule("fb", 20)
     assert sigma[6] == pytest.approx(0.05 / 0.3) and decode[6] == pytest.approx(0.1 / 0.7)
-    decode, sigma = schedule("dfm", 20)
-    beta = 10 * 0.7**0.25 * 0.3**0.25
-    assert sigma[12] == pytest.approx(10 * 0.24**0.25 * 0.05 / 0.6)
-    assert decode[12] == pytest.approx((1 + 10 * 0.24**0.25) * 0.05 / 0.4) and beta > 1
     decode, sigma = schedule("switch", 20, t_on=0.5)
     assert not sigma[:10].any() and (sigma[10:19] == 0.05).all()
     decode, sigma = schedule("loop", 20, t_on=0.5, t_off=0.1)
