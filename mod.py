@@ -728,9 +728,8 @@ def plot(cfg, run, results):
         bars.bar([i + 0.4 * j for i in range(len(loss))], loss, 0.4, color=STYLES[arm]["color"],
                  hatch=["", "//"][j], label=f"{arm}, any - none: {arms[arm]['loss_gap']:+.2f}")
         bars.legend(loc="upper left")
-    bars.margins(y=0.3)     # room for the legend
     bars.set(xlabel="routed blocks entered by a character", ylabel="its validation loss (nats)",
-             title="Loss of those who enter")
+             title="Loss of those who enter", ymargin=0.3)      # room for the legend
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=100))
 
