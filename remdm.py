@@ -24,8 +24,8 @@ share of masks at every time stays what it was. The network needs no training fo
 x `targets` | z_t `idx`, `z` | m = V, the number of symbols | psi `psi` | L `seq_len` | C `n_embd`
 T `n_denoise`, steps | R = n_layer * window | NFE: calls of the network per sequence | B batch
 
-What it shows (seeds 1-3). The source is known: x_{l+1} = x_l + 1, or with chance 0.1 any.
-Errors are jumps, steps other than +1; 5.775 per sequence are right. A window stands in for limited capacity:
+What it shows (seeds 1-3). The source is known: x_{l+1} = x_l + 1, or with chance 0.1 any. Errors:
+jumps, steps other than +1; 5.775 per sequence are right. A window stands in for limited capacity:
 with reach 2 the network guesses while most tokens are masked and is nearly exact when few are.
   C0 (loss - floor) / standard error   11.213 +- 0.838  needed >= -3, holds on 3 of 3
   C0 loss / floor - 1                   0.007 +- 0.000  needed <= 0.01, holds on 3 of 3
