@@ -58,7 +58,8 @@ def summarise(path, runs):
     claims = [dict(claim=parts[0]["claim"], needed=parts[0]["needed"],
                    measured=spread([part["measured"] for part in parts]),
                    verdicts=[part["verdict"] for part in parts])
-              for parts in zip(*(run["claims"] for run in runs))]
+              for parts in zip(*(run["claims"] for run in runs))
+              if parts[0]["measured"] is not None]      # else it needs an arm of --full
     return {"script": path.stem, "fingerprint": fingerprint(path), "seeds": SEEDS, "arms": arms,
             "claims": claims, "seconds": spread([run["seconds"] for run in runs]),
             "config": runs[0]["config"], "environment": runs[0]["environment"]}

@@ -36,3 +36,15 @@ def test_docstring_shows_the_stored_claims(path):
         measured, holds = claim["measured"], claim["verdicts"].count("holds")
         assert f"{measured['mean']:.3f} +- {measured['sd']:.3f}" in doc, claim["claim"]
         assert f"needed {claim['needed']}, holds on {holds} of 3" in doc, claim["claim"]
+
+
+def test_claims_that_need_an_arm_of_full_are_left_out():
+    def result(measured):
+        claims = [dict(claim="C1", measured=measured, needed=">= 1", verdict="holds"),
+                  dict(claim="C2", measured=None, needed=">= 1", verdict="not judged")]
+        return dict(arms={"a": dict(loss=measured, history=[])}, claims=claims, seconds=1.0, config={},
+                    environment={})
+
+    stored = reproduce.summarise(reproduce.ROOT / "mod.py", [result(1.0), result(2.0), result(6.0)])
+    assert [claim["claim"] for claim in stored["claims"]] == ["C1"]
+    assert stored["claims"][0]["measured"]["mean"] == stored["arms"]["a"]["loss"]["mean"] == 3.0
