@@ -42,7 +42,7 @@ Exercises
   1. --capacity 0.5: at equal FLOPs fewer steps. Does the loss get worse, the leak of M3 smaller?
   2. --routed_every 1: some tokens meet no block at all. What do they cost?
 
-New here: MoD, flops_per_token, generate, decode, read_text, KVCache, block_flops
+New here: MoD, flops_per_token, generate, decode, read_text
 """
 
 import argparse
@@ -91,7 +91,7 @@ class Config:
     routing: Literal["learned", "random"] = "learned"       # what picks the tokens
     gate: Literal["sigmoid", "raw", "none"] = "sigmoid"     # factor g(r) on a routed update
     causal: Literal["predictor", "aux"] = "predictor"       # how the choice at inference is learned
-    corpus: str = ""                # UTF-8 text to train on (empty: Python's language reference)
+    corpus: str = ""                # UTF-8 text to train on (empty: the script's own)
     temp: float = 0.8               # sampling temperature (0: greedy)
     # training
     steps: int = 500                # optimiser steps; arms of other cost get the same total FLOPs

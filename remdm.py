@@ -46,10 +46,8 @@ Exercises
   2. --lab: exact denoisers of typed brackets, one of them blind early on. Where does repair help?
   3. --window 0: a network that sees all tokens. What is left to repair?
 
-New here: SYMBOLS, JUMP, relay_sample, relay_kernel, relay_posterior, relay_floor, relay_errors,
-TYPES, DEPTH, OPEN, NOISE, STACKS, bracket_moves, bracket_posterior, bracket_errors, MDLM, SAMPLERS,
-remask_schedule, nucleus, reverse_step, sequence_nelbo, reverse_process, control_variate,
-sample_all, jumps
+New here: TYPES, DEPTH, OPEN, NOISE, STACKS, bracket_moves, bracket_posterior, bracket_errors, MDLM,
+SAMPLERS, remask_schedule, nucleus, reverse_step, reverse_process, sample_all, jumps
 """
 
 import argparse
@@ -89,7 +87,7 @@ class Config:
     n_head: int = 4                 # attention heads
     n_embd: int = 64                # width of the residual stream
     seq_len: int = 64               # tokens in a training sequence
-    window: int = 1                 # neighbours seen on each side in every layer (0: all tokens)
+    window: int = 1                 # neighbours seen on a side in every layer (0: all tokens)
     # method
     n_denoise: int = 512            # denoising steps; also a half, a quarter, an eighth of them
     n_sample: int = 128             # sequences that a sampler draws
@@ -460,11 +458,11 @@ def reverse_step(z, psi, p, decode, sigma, u, sampler):
 def sequence_nelbo(logp, batch):
     """NELBO per token of every sequence, from log-probabilities logp (B, T, V). (B,)"""
     nll = -logp.gather(-1, batch["targets"][..., None]).squeeze(-1)     # (B, T)
-    return batch["weight"] * torch.where(batch["idx"] == logp.size(-1), nll, 0.0).mean(1)   # Eq. 3
+    return batch["weight"] * torch.where(batch["idx"] == logp.size(-1), nll, 0.0).mean(1)
 
 def loss_fn(model, batch, cfg):
     """NELBO in nats per token: loss, stats."""
-    loss = sequence_nelbo(model(batch["idx"]), batch).mean()
+    loss = sequence_nelbo(model(batch["idx"]), batch).mean()            # Eq. 3
     return loss, {"loss": loss.detach()}
 
 @torch.no_grad()

@@ -278,8 +278,8 @@ def test_run_prints_arms_and_claims_and_a_bar_for_every_arm(smoke):
         assert re.search(re.escape(claim["claim"]) + ".*not judged", smoke.stdout)
 
 
-def test_claims_are_judged_from_the_full_budget_on(script, smoke, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "experiment", lambda cfg, run: smoke.results["arms"])
+def test_claims_are_judged_from_the_full_budget_on(script, full, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "experiment", lambda cfg, run: full.results["arms"])
     sizes = [f"--{name}={value}" for name, value in script.SMOKE.items()]
     for budget in ("1", "2", "0.5"):
         claims = smoke_run(script, tmp_path, "--no-smoke", *sizes, "--budget", budget)["claims"]
@@ -552,7 +552,11 @@ def alike(call):
 
 
 def compare_with_eager(script, call, backend):
-    """Asserts that loss_fn compiles to one graph for all batches, with eager's gradients."""
+    """Asserts that a step compiles to one graph for all batches, with eager's gradients.
+
+    A model that says by `compile` which of its parts are compiled has one graph for each of these,
+    whatever a step draws.
+    """
     graphs, model, compiler = [], call.model.train(), lookup_backend(backend)
 
     def counting(graph, inputs, **keywords):
@@ -560,21 +564,26 @@ def compare_with_eager(script, call, backend):
         return compiler(graph, inputs, **keywords)
 
     torch._dynamo.reset()
-    compiled = torch.compile(script.loss_fn, fullgraph=True, dynamic=False, backend=counting)
+    how = dict(fullgraph=True, dynamic=False, backend=counting)
+    if in_parts := type(model).compile is not torch.nn.Module.compile:
+        other, compiled = copy.deepcopy(model), script.loss_fn
+        other.compile(**how)
+    else:
+        other, compiled = model, torch.compile(script.loss_fn, **how)
     batches = alike(call)
     assert len(batches) > 1
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in batches:
+        for seed, batch in enumerate(batches * (1 + 2 * in_parts)):
             found = []
-            for loss_fn in (script.loss_fn, compiled):
-                model.zero_grad()
-                torch.manual_seed(0)
-                loss, _ = loss_fn(model, batch, call.cfg)
+            for net, loss_fn in ((model, script.loss_fn), (other, compiled)):
+                net.zero_grad()
+                torch.manual_seed(seed)
+                loss, _ = loss_fn(net, batch, call.cfg)
                 loss.backward()
-                grads = [p.grad for p in model.parameters() if p.grad is not None]
+                grads = [p.grad for p in net.parameters() if p.grad is not None]
                 found.append([loss.detach(), *grads])
             torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
-    assert len(graphs) == 1
+    assert len(graphs) == 1 or in_parts and len(graphs) > 1
 
 
 def test_every_arm_compiles_to_one_graph_with_eager_results(script, smoke):

@@ -47,6 +47,11 @@ class Script:
         return {node.target.id: (ast.unparse(node.annotation), self.comments.get(node.lineno))
                 for node in self.definitions["Config"][1].body if isinstance(node, ast.AnnAssign)}
 
+    def meanings(self):
+        """The same, but `task` without its choices: every script has tasks of its own."""
+        return {name: (kind.split("[")[0] if name == "task" else kind, comment)
+                for name, (kind, comment) in self.fields().items()}
+
     def names_of_others(self, scripts):
         """Top-level names that other scripts define, too."""
         return set().union(*(s.definitions for s in scripts if s.path != self.path)) - EXEMPT
@@ -151,8 +156,9 @@ def config_fields_have_help_and_one_meaning(script, scripts):
     mine = script.fields()
     found = [f"no field {name}" for name in COMMON if name not in mine]
     found += [f"{name}: no comment behind it" for name, (_, comment) in mine.items() if not comment]
+    mine = script.meanings()
     for other in scripts:
-        theirs = other.fields()
+        theirs = other.meanings()
         found += [f"{name}: {mine[name]}, but in {other.name} {theirs[name]}"
                   for name in mine if name in theirs and mine[name] != theirs[name]]
     return found
