@@ -45,8 +45,8 @@ Exercises
   2. --task add --seq_len 20, --task phop --seq_len 40: which of them needs loops?
   3. --full: lambda = 10 makes six layers alike. What is left of the deep model's accuracy?
 
-New here: CHAINS, LETTERS, KEY, VALUES, chain_task, phop_task, add_task,
-memory_task, LoopedGPT, likeness, loop_flops, answer, percent_gap
+New here: CHAINS, LETTERS, KEY, VALUES, chain_task, phop_task, add_task, memory_task, LoopedGPT,
+likeness, loop_flops, answer, percent_gap
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Config:
     reg: float = 0.0                # lambda, makes the layers of a deep model alike
     n_facts: int = 8192             # facts of the memory task
     # training
-    steps: int = 1000               # optimiser steps; arms of other cost get the same total FLOPs
+    steps: int = 1000               # optimiser steps; scaled where arms must cost the same
     batch_size: int = 64            # sequences in a step, over all processes
     lr: float = 4e-3                # peak learning rate
     warmup: int = 100               # steps until the learning rate peaks

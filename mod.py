@@ -94,7 +94,7 @@ class Config:
     corpus: str = ""                # UTF-8 text to train on (empty: the script's own)
     temp: float = 0.8               # sampling temperature (0: greedy)
     # training
-    steps: int = 500                # optimiser steps; arms of other cost get the same total FLOPs
+    steps: int = 500                # optimiser steps; scaled where arms must cost the same
     batch_size: int = 32            # sequences in a step, over all processes
     lr: float = 6e-3                # peak learning rate
     warmup: int = 50                # steps until the learning rate peaks

@@ -94,7 +94,7 @@ class Config:
     check_every: int = 3            # exit: iterations between two looks at the predictions
     kv_slots: int = 1               # decoding: KV budget, slots for each layer of the core
     # training
-    steps: int = 400                # optimiser steps; arms of other cost get the same total FLOPs
+    steps: int = 400                # optimiser steps; scaled where arms must cost the same
     batch_size: int = 64            # sequences in a step, over all processes
     lr: float = 1e-3                # peak learning rate
     warmup: int = 50                # steps until the learning rate peaks

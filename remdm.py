@@ -99,7 +99,7 @@ class Config:
     lab: bool = False               # no training: sample with exact denoisers and weakened ones
     rho: float = 0.6                # lab: how much the weak denoiser of brackets overlooks
     # training
-    steps: int = 600                # optimiser steps; arms of other cost get the same total FLOPs
+    steps: int = 600                # optimiser steps; scaled where arms must cost the same
     batch_size: int = 128           # sequences in a step, over all processes
     lr: float = 6e-3                # peak learning rate
     warmup: int = 100               # steps until the learning rate peaks
