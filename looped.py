@@ -26,6 +26,7 @@ S symbols at a position, V of them | B batch, nh heads, hs head size
 What it shows. Task chain: statements name = value of 4 interleaved chains; a value is the name of
 the statement before or, at hop 0, a digit; asked is always the digit at the root. Who cannot follow
 guesses one of 4 roots. Memory: 3 letters -> one of 64 values. Seeds 1-3; more of C4 with --full.
+All arms get equal steps; deep has its own learning rate, and looped learns in fewer steps.
   C1 looped, hops >= 4                0.000 +- 0.000  needed >= 0.9, holds on 0 of 3
   C1 deep - looped                    0.000 +- 0.000  needed <= 0.05, holds on 0 of 3
   C1 looped - shallow                 0.000 +- 0.000  needed >= 0.3, holds on 0 of 3
@@ -186,10 +187,8 @@ def memory_task(cfg, rng, step):
     return idx[..., None], targets, targets.clamp(max=0)
 
 def make_batch(cfg, split, step):
-    """Batch number `step` of a split: symbols (B, T, S), labels and difficulties (B, T) or -1.
-
-    A function of its arguments alone. All seeds have the same validation, facts those trained.
-    """
+    """Symbols (B, T, S), labels and difficulties (B, T) or -1: a function of the arguments alone.
+    All seeds have the same validation; of facts it asks for those that were trained."""
     seed = cfg.seed * 1_000_003 + step if split == "train" else -1 - step
     tasks = {"chain": chain_task, "phop": phop_task, "add": add_task, "memory": memory_task}
     batch = tasks[cfg.task](cfg, torch.Generator().manual_seed(seed), step)
@@ -652,11 +651,12 @@ def report(cfg, run, arms, columns, claims, **more):
 
 def experiment(cfg, run):
     """Trains and evaluates every arm for the same number of steps. Returns {arm: metrics}."""
-    k, L, results = cfg.n_layer, cfg.n_loop, {}
-    trio = {"shallow": dict(n_loop=1), "looped": {}, "deep": dict(n_layer=k * L, n_loop=1)}  # Eq. 2
-    facts = dict(task="memory", seq_len=KEY, batch_size=4 * cfg.batch_size)
-    arms = trio | {f"{k}x{n}": dict(n_loop=n) for n in (2, 3) if n < L}
-    arms |= {f"memory {arm}": facts | changes for arm, changes in trio.items()}
+    k, L, results, once = cfg.n_layer, cfg.n_loop, {}, dict(n_loop=1)
+    facts = dict(task="memory", seq_len=KEY, batch_size=4 * cfg.batch_size, lr=cfg.lr)
+    # of four learning rates a quarter of the others' suits different layers best
+    trio = {"shallow": once, "looped": {}, "deep": once | dict(n_layer=k * L, lr=cfg.lr / 4)}
+    arms = trio | {f"{k}x{n}": dict(n_loop=n) for n in (2, 3) if n < L}     # Eq. 2
+    arms |= {f"memory {arm}": changes | facts for arm, changes in trio.items()}
     if cfg.full:
         arms |= {f"{a}x{b}": dict(n_layer=a, n_loop=b) for a, b in [(2, 1), (2, 3), (3, 1), (3, 2)]}
         arms |= {"alike": trio["deep"] | dict(reg=10.0), "act": dict(halting="act")}
