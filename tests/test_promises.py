@@ -493,9 +493,12 @@ def test_eval_only_accepts_every_inference_field(script, smoke, trained):
     cfg = script.parse_args(["--smoke"])
     for field in fields(script.Config):
         if field.name in script.Config.inference:
-            value = other_value(field, getattr(cfg, field.name))
-            flags = ["--eval_only", "--only", smoke.arm, f"--{field.name}", str(value)]
-            results = smoke_run(script, trained, *flags)
+            value = not getattr(cfg, field.name)
+            flags = [f"--{field.name}" if value else f"--no-{field.name}"]
+            if field.type is not bool:
+                value = other_value(field, getattr(cfg, field.name))
+                flags = [f"--{field.name}", str(value)]
+            results = smoke_run(script, trained, "--eval_only", "--only", smoke.arm, *flags)
             assert results["config"][field.name] == value
 
 
