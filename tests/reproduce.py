@@ -1,4 +1,5 @@
-"""The evidence: default runs on seeds 1, 2 and 3 -> data/results/NAME.json, NAME.png, README table.
+"""The evidence: default runs on seeds 1, 2 and 3 -> data/results/NAME.json, NAME.png, README table,
+and the claims in the script's docstring.
 
     python -m tests.reproduce              every script
     python -m tests.reproduce mod looped   these scripts
@@ -10,6 +11,7 @@ Finished seeds of an unchanged script are kept in out/evidence and not run again
 import ast
 import hashlib
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -65,6 +67,20 @@ def summarise(path, runs):
             "config": runs[0]["config"], "environment": runs[0]["environment"]}
 
 
+def fill(text, claims):
+    """A script's text with what its claims measured in the lines `... needed >= 0.9, ...`, in order."""
+    line = r"(?:-?\d+\.\d+ \+- \d+\.\d+ +)?needed ([<>]= \S+), (?:holds on \d of 3|not measured yet)"
+    needed = [claim["needed"] for claim in claims]
+    if re.findall(line, text) != needed:
+        raise ValueError(f"the docstring needs {re.findall(line, text)}, the claims {needed}")
+    shown = []
+    for claim in claims:
+        number = f"{claim['measured']['mean']:.3f} +- {claim['measured']['sd']:.3f}"
+        holds = claim["verdicts"].count("holds")
+        shown.append(f"{number:<14}  needed {claim['needed']}, holds on {holds} of 3")
+    return re.sub(line, lambda match: shown.pop(0), text)
+
+
 def table():
     """The README's table of all stored claims."""
     lines = ["| script | claim | needed | mean over 3 seeds | sd | holds on | minutes |"]
@@ -95,6 +111,7 @@ def main(argv):
             summary = summarise(path, [run(path, seed) for seed in SEEDS])
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{path.stem}.json").write_text(json.dumps(summary, indent=1) + "\n")
+            path.write_text(fill(path.read_text(), summary["claims"]))
             evidence = ROOT / "out" / "evidence" / path.stem / "1" / f"{path.stem}.png"
             shutil.copyfile(evidence, RESULTS / f"{path.stem}.png")
     readme = ROOT / "README.md"

@@ -48,3 +48,14 @@ def test_claims_that_need_an_arm_of_full_are_left_out():
     stored = reproduce.summarise(reproduce.ROOT / "mod.py", [result(1.0), result(2.0), result(6.0)])
     assert [claim["claim"] for claim in stored["claims"]] == ["C1"]
     assert stored["claims"][0]["measured"]["mean"] == stored["arms"]["a"]["loss"]["mean"] == 3.0
+
+
+def test_docstring_gets_the_numbers_of_its_claims_in_order():
+    claims = [dict(needed=">= 0.9", measured=dict(mean=0.95, sd=0.01), verdicts=["holds"] * 3),
+              dict(needed="<= -1", measured=dict(mean=-0.5, sd=2), verdicts=["does not hold"] * 3)]
+    text = "  A one  0.123 +- 0.456  needed >= 0.9, holds on 1 of 3\n  B  needed <= -1, not measured yet\n"
+    filled = ("  A one  0.950 +- 0.010  needed >= 0.9, holds on 3 of 3\n"
+              "  B  -0.500 +- 2.000  needed <= -1, holds on 0 of 3\n")
+    assert reproduce.fill(text, claims) == filled == reproduce.fill(filled, claims)
+    with pytest.raises(ValueError, match="needs"):
+        reproduce.fill(text, claims[:1])
