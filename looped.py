@@ -399,7 +399,7 @@ class LoopedGPT(nn.Module):
         nn.init.zeros_(self.head.weight)
         rope = rope_table(cfg.seq_len, C // cfg.n_head)                 # (T, 2 hs)
         if cfg.task == "chain":     # statements are found by name: all stand at position 0
-            rope = rope[:1].expand_as(rope)                             # (T, 2 hs)
+            rope = rope[:1].repeat(cfg.seq_len, 1)                      # (T, 2 hs)
         self.register_buffer("rope", rope, persistent=False)
         if cfg.inject == "concat":
             self.adapter = nn.Linear(2 * C, C, bias=False)

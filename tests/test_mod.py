@@ -63,8 +63,9 @@ def stub_update(model, monkeypatch, value=10.0):
 # ---- The method by hand: one sequence at a time, explicit softmax, rotation by complex numbers
 
 
-def rms(x):
-    return x / x.square().mean(-1, keepdim=True).sqrt()
+def layer_norm(x):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
 def turn(x, at):
@@ -77,13 +78,13 @@ def turn(x, at):
 
 def update_by_hand(block, x, at):
     """What a block adds to the tokens x (n, C), which stand at the positions `at` (n,)."""
-    q, k, v = (rms(x) @ block.attn.qkv.weight.T).view(len(x), 3, block.attn.n_head, -1).unbind(1)
-    q, k = turn(rms(q), at), turn(rms(k), at)
+    q, k, v = (layer_norm(x) @ block.attn.qkv.weight.T).view(len(x), 3, block.attn.n_head, -1).unbind(1)
+    q, k = turn(layer_norm(q), at), turn(layer_norm(k), at)
     weight = torch.einsum("ihc,jhc->hij", q, k) / math.sqrt(q.size(-1))
     weight = weight.masked_fill(at[:, None] < at, -math.inf).softmax(-1)
     y = torch.einsum("hij,jhc->ihc", weight, v).reshape(x.shape)
     a = y @ block.attn.proj.weight.T
-    hidden = (rms(x + a) @ block.mlp.fc.weight.T).clamp(min=0) ** 2
+    hidden = (layer_norm(x + a) @ block.mlp.fc.weight.T).clamp(min=0) ** 2
     return a + hidden @ block.mlp.proj.weight.T
 
 
@@ -239,12 +240,12 @@ def test_scores_by_hand(causal):
     x, _, _ = stream(3)
     for i in (1, 3):
         r, p = model.scores(i, 3 * x)
-        same(r, rms(x) @ model.routers[str(i)].weight[0])
+        same(r, layer_norm(3 * x) @ model.routers[str(i)].weight[0])
         if causal == "aux":
             assert p is r
         else:
             a, _, b = model.predictors[str(i)]
-            hidden = rms(x) @ a.weight.T + a.bias
+            hidden = layer_norm(3 * x) @ a.weight.T + a.bias
             same(p, (hidden / (1 + torch.exp(-hidden))) @ b.weight[0] + b.bias)
 
 
@@ -301,7 +302,7 @@ def test_router_gradient_has_the_closed_form(gate):
         at = kept.nonzero().squeeze(1)
         f = update_by_hand(model.blocks[1], x[b, at], at)
         share = slope[b, at] * (weight[b, at] * f).sum(-1)
-        expected += share @ rms(x[b, at])
+        expected += share @ layer_norm(x[b, at])
     torch.testing.assert_close(model.routers["1"].weight.grad[0], expected, rtol=0, atol=1e-10)
 
 
@@ -380,7 +381,7 @@ def test_without_routed_blocks_it_is_a_plain_transformer():
     for training in (True, False):
         logits, p, keep = model.train(training)(idx)
         assert torch.equal(logits, head(mod.norm(x))) and len(p) == len(keep) == 0
-        same(logits, rms(by_hand) @ head.weight.T)
+        same(logits, layer_norm(by_hand) @ head.weight.T)
 
 
 @pytest.mark.parametrize("changes, extra", [
