@@ -1,0 +1,638 @@
+"""Oracles of mor.py: what is computed here by hand, by loops or by enumeration must come out."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import mor
+
+SMALL = dict(n_layer=2, n_loop=3, n_head=2, n_embd=16, seq_len=24, n_fold=2, device="cpu")
+VOCAB = len(mor.ALPHABET)
+same = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture(autouse=True)
+def float64(monkeypatch):
+    """Double precision everywhere, also where the script asks for float32: scores and logits."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float32(float64, monkeypatch):
+    monkeypatch.undo()
+    torch.set_default_dtype(torch.float32)
+
+
+def build(seed=0, **changes):
+    """A model with random weights everywhere; a fresh one is zero where it matters."""
+    torch.manual_seed(seed)
+    model = mor.MoR(mor.Config(**SMALL | changes))
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, std=1.0 if name[:7] in ("router.", "decider") else 0.2)
+    return model
+
+
+def tokens(batch_size, length=SMALL["seq_len"], seed=0):
+    return torch.randint(VOCAB, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def noises(batch_size, scale=1.0, n_loop=3, seed=0):
+    rng = torch.Generator().manual_seed(100 + seed)
+    return scale * torch.randn(batch_size, n_loop, SMALL["seq_len"], generator=rng)
+
+
+# ---- The method by hand: one sequence at a time, explicit softmax, rotation by complex numbers
+
+
+def centred(x):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def turn(x, at):
+    """Rotates (n, nh, hs) by the angles of the positions `at` (n,)."""
+    a, b = x.chunk(2, dim=-1)
+    freq = 10000.0 ** (-torch.arange(a.size(-1)) / a.size(-1))
+    z = torch.complex(a, b) * torch.exp(1j * at[:, None, None] * freq)
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def layer_by_hand(block, x, at, past=None):
+    """A layer on the tokens x (n, C) at positions `at`; past: other keys, values and positions."""
+    q, k, v = (centred(x) @ block.attn.qkv.weight.T).view(len(x), 3, block.attn.n_head, -1).unbind(1)
+    q, k = turn(centred(q), at), turn(centred(k), at)
+    own = k, v, at
+    k, v, where = past or own
+    weight = torch.einsum("ihc,jhc->hij", q, k) / math.sqrt(q.size(-1))
+    weight = weight.masked_fill(at[:, None] < where, -math.inf).softmax(-1)
+    a = torch.einsum("hij,jhc->ihc", weight, v).reshape(x.shape) @ block.attn.proj.weight.T
+    hidden = (centred(x + a) @ block.mlp.fc.weight.T).clamp(min=0) ** 2
+    return x + a + hidden @ block.mlp.proj.weight.T, own
+
+
+# Which block is every layer: unrolled by hand for two shared blocks and three passes.
+MAPS = {"cycle": (2, [], [[0, 1]] * 3, []), "sequence": (2, [], [[0, 0], [0, 1], [1, 1]], []),
+        "middle_cycle": (4, [0], [[1, 2]] * 3, [3]),
+        "middle_sequence": (4, [0], [[1, 1], [1, 2], [2, 2]], [3])}
+
+
+def model_by_hand(model, idx, noise, training):
+    """Logits, z and keep of one sequence idx (T,); noise (R, T) counts in training only."""
+    cfg, T = model.cfg, len(idx)
+    _, front, passes, behind = MAPS[cfg.sharing]
+    x, every = centred(model.embed.weight[idx]), torch.arange(T)
+    for i in front:
+        x, _ = layer_by_hand(model.blocks[i], x, every)
+    candidates, first, zs, keeps = list(range(T)), {}, [], []
+    for r, layers in enumerate(passes, 1):
+        z = x @ model.router.weight[r - 1] / math.sqrt(cfg.n_embd)
+        if training:
+            k = (3 - r + 1) * T // 3
+            best = sorted(candidates, key=lambda t: -(z[t] + noise[r - 1, t]).item())[:k]
+        else:
+            best = [t for t in candidates if r == 1 or z[t] > 0]
+        candidates = sorted(best)
+        at = torch.tensor(candidates, dtype=torch.long)
+        y, g = x[at], torch.sigmoid(z[at])[:, None]
+        for j, i in enumerate(layers):
+            past = first.get(j) if cfg.kv == "share" else None
+            y, own = layer_by_hand(model.blocks[i], y, at, past)
+            first.setdefault(j, own)
+        new = (1 - g) * x[at] + g * y if cfg.update == "delta" else x[at] + 0.1 * g * y
+        x = x.index_copy(0, at, new)
+        zs.append(z)
+        keeps.append(torch.zeros(T).index_fill(0, at, 1) > 0)
+    for i in behind:
+        x, _ = layer_by_hand(model.blocks[i], x, every)
+    return centred(x) @ model.head.weight.T, torch.stack(zs), torch.stack(keeps)
+
+
+VARIANTS = [dict(), dict(update="paper"), dict(kv="share"), dict(kv="share", update="paper"),
+            *(dict(sharing=name, n_layer=MAPS[name][0]) for name in MAPS if name != "cycle"),
+            dict(sharing="middle_cycle", n_layer=4, kv="share")]
+variants = pytest.mark.parametrize("changes", VARIANTS, ids=str)
+
+
+@variants
+@pytest.mark.parametrize("training", [True, False])
+def test_model_equals_the_one_by_hand(changes, training):
+    model, idx, noise = build(**changes).train(training), tokens(3), noises(3)
+    logits, z, q, keep = model(idx, noise)
+    assert q is not None and torch.equal(z, q)
+    for b in range(3):
+        by_hand = model_by_hand(model, idx[b], noise[b], training)
+        for found, right in zip((logits[b], z[:, b], keep[:, b].double()), by_hand):
+            same(found, right.double())
+    if not training:
+        assert 0 < keep[-1].double().mean() < keep[1].double().mean() < 1
+
+
+def test_passed_tokens_keep_their_original_positions():
+    model = build()
+    x, A = torch.randn(1, 24, 16), torch.tensor([[3, 7, 9]])
+    y = model.visit(2, x, 0, None, {}, None, A)
+    for positions, equal in [((3, 7, 9), True), ((0, 1, 2), False)]:
+        h = x[0, A[0]]
+        for i in (0, 1):
+            h, _ = layer_by_hand(model.blocks[i], h, torch.tensor(positions))
+        assert torch.allclose(y[0, A[0]], h, atol=1e-10) == equal
+
+
+def test_gathered_tokens_equal_masked_ones_with_their_gradients():
+    model, x = build(), torch.randn(2, 24, 16)
+    A = torch.stack([torch.randperm(24)[:9].sort().values for _ in range(2)])
+    keep = torch.zeros(2, 24, dtype=torch.bool).scatter(1, A, True)
+    found = []
+    for how in (dict(A=A, keep=keep), dict(keep=keep)):
+        leaf = x.clone().requires_grad_()
+        y = model.visit(2, leaf, 0, None, {}, **how)[keep]
+        found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *model.blocks.parameters()])])
+    for gathered, masked in zip(*found):
+        same(gathered, masked)
+
+
+@pytest.mark.parametrize("kv", ["cache", "share"])
+def test_what_other_tokens_become_does_not_reach_those_in_a_pass(kv):
+    model, x = build(kv=kv), torch.randn(1, 24, 16)
+    A, first = torch.tensor([[2, 5, 11, 20]]), {}
+    model.visit(1, x, 0, None, first)
+    keep = torch.zeros(1, 24, dtype=torch.bool).scatter(1, A, True)
+    changed = torch.where(keep[..., None], x, torch.randn(1, 24, 16))
+    results = [model.visit(2, h, 0, None, dict(first), keep, A)[keep] for h in (x, changed)]
+    same(*results)
+
+
+# ---- Budgets and sharing
+
+
+@pytest.mark.parametrize("n_loop, T", [(1, 24), (2, 24), (3, 24), (3, 64), (4, 50), (5, 128)])
+@pytest.mark.parametrize("router", ["expert", "random"])
+def test_a_pass_takes_its_share_of_those_in_the_pass_before(n_loop, T, router):
+    model = build(n_loop=n_loop, seq_len=T, router=router, n_layer=1).train()
+    _, _, _, keep = model(tokens(2, T), torch.randn(2, n_loop, T))
+    for r in range(1, n_loop + 1):
+        assert (keep[r - 1].sum(1) == (n_loop - r + 1) * T // n_loop).all()
+    assert keep[0].all() and not (keep[1:] & ~keep[:-1]).any()
+
+
+@pytest.mark.parametrize("sharing", MAPS)
+def test_shared_weights_are_one_and_their_gradient_is_the_sum_over_copies(sharing):
+    n, front, passes, behind = MAPS[sharing]
+    order = [*front, *itertools.chain(*passes), *behind]
+    tied = build(sharing=sharing, n_layer=n, router="none")
+    free = build(n_layer=len(order), n_loop=1, router="none")
+    free.embed, free.head = tied.embed, tied.head
+    for block, i in zip(free.blocks, order):
+        block.load_state_dict(tied.blocks[i].state_dict())
+    losses = [model(tokens(2))[0].square().mean() for model in (tied, free)]
+    same(*losses)
+    grads = [torch.autograd.grad(loss, list(model.blocks.parameters()))
+             for loss, model in zip(losses, (tied, free))]
+    per_block = len(grads[0]) // n
+    for p in range(len(grads[0])):
+        copies = [grads[1][l * per_block + p % per_block] for l, i in enumerate(order)
+                  if i == p // per_block]
+        same(grads[0][p], sum(copies))
+
+
+def test_passes_add_no_parameters_but_their_routers():
+    count = lambda **changes: sum(p.numel() for p in build(**changes).parameters())
+    plain = 2 * 12 * 16**2 + 2 * VOCAB * 16
+    assert count(router="none") == count(router="none", n_loop=7) == count(router="random") == plain
+    assert count() == plain + 3 * 16 and count(aux="router") == plain + 2 * 3 * 16
+
+
+def test_switched_off_it_is_a_plain_transformer_that_draws_the_same_weights():
+    cfg = mor.Config(**SMALL | dict(n_loop=1, router="none"))
+    torch.manual_seed(0)
+    embed, blocks = nn.Embedding(VOCAB, 16), [mor.Block(cfg) for _ in range(2)]
+    head, state, idx = nn.Linear(16, VOCAB, bias=False), torch.get_rng_state(), tokens(2)
+    torch.manual_seed(0)
+    model = mor.MoR(cfg)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(0)
+    routed = mor.MoR(mor.Config(**SMALL))
+    assert torch.equal(model.embed.weight, embed.weight)
+    for p, q, r in zip(nn.ModuleList(blocks).parameters(), model.blocks.parameters(),
+                       routed.blocks.parameters(), strict=True):
+        assert torch.equal(p, q) and torch.equal(p, r)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.4)
+    embed.load_state_dict(model.embed.state_dict())
+    head.load_state_dict(model.head.state_dict())
+    x = mor.norm(embed(idx))
+    for block, trained in zip(blocks, model.blocks):
+        block.load_state_dict(trained.state_dict())
+        x = block(x, mor.rope_table(24, 8))
+    for training in (True, False):
+        assert torch.equal(model.train(training)(idx)[0], head(mor.norm(x)))
+
+
+def test_an_open_gate_that_all_tokens_pass_is_plain_recursion(monkeypatch):
+    model, plain, idx = build().eval(), build(router="none").eval(), tokens(3)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    fixed = torch.full((2, 3, 24), 50.0)        # a sigmoid of 1, and above 0
+    monkeypatch.setattr(model, "scores", lambda r, x, noise: fixed)
+    same(model(idx)[0], plain(idx)[0])
+    assert model(idx)[3].all()
+
+
+def test_a_closed_gate_leaves_the_stream_as_it_was(monkeypatch):
+    model, idx = build().train(), tokens(3)
+    monkeypatch.setattr(model, "scores", lambda r, x, noise: torch.full((2, 3, 24), -2000.0))
+    assert torch.equal(model(idx, noises(3))[0], model.head(mor.norm(mor.norm(model.embed(idx)))))
+
+
+# ---- Scores, gradients of the routers
+
+
+@pytest.mark.parametrize("aux", ["loss", "router"])
+def test_scores_by_hand(aux):
+    model, x = build(aux=aux), torch.randn(2, 24, 16)
+    for r in (1, 2, 3):
+        z, q = model.scores(r, x, None)
+        same(z, (x * model.router.weight[r - 1]).sum(-1) / 4)
+        side = model.router if aux == "loss" else model.decider
+        same(q, (x * side.weight[r - 1]).sum(-1) / 4)
+
+
+def test_scores_stay_float32_under_bfloat16(float32):
+    model, x = build(), torch.randn(2, 24, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.blocks[0].mlp(x).dtype == torch.bfloat16
+        low, _ = model.scores(1, x, None)
+    assert low.dtype == torch.float32 and torch.equal(low, model.scores(1, x, None)[0])
+
+
+def test_noise_changes_the_ranks_in_training_and_nothing_at_inference():
+    model, idx = build(), tokens(3)
+    keeps = {training: [model.train(training)(idx, noise)[3] for noise in (noises(3), 0 * noises(3))]
+             for training in (True, False)}
+    assert not torch.equal(*keeps[True]) and torch.equal(*keeps[False])
+
+
+@pytest.mark.parametrize("update", ["delta", "paper"])
+def test_gradient_of_a_score_has_the_closed_form(update, monkeypatch):
+    model, idx, noise = build(update=update).train(), tokens(2), noises(2)
+    zs = [z.detach().requires_grad_() for z in model(idx, noise)[1]]
+    visit, streams, ys = model.visit, [], []
+
+    def recording(s, x, *rest):
+        x.retain_grad()
+        streams.append(x)
+        ys.append(visit(s, x, *rest))
+        return ys[-1]
+
+    monkeypatch.setattr(model, "scores", lambda r, x, noise: (zs[r - 1], zs[r - 1]))
+    monkeypatch.setattr(model, "visit", recording)
+    logits, _, _, keep = model(idx, noise)
+    F.cross_entropy(logits.flatten(0, 1), tokens(2, seed=1).flatten()).backward()
+    for r in (1, 2, 3):
+        s = torch.sigmoid(zs[r - 1].detach())
+        moved = ys[r] - streams[r] if update == "delta" else 0.1 * ys[r]
+        slope = s * (1 - s) * (streams[r + 1].grad * moved).sum(-1)
+        same(zs[r - 1].grad, torch.where(keep[r - 1], slope.detach(), 0))
+        assert zs[r - 1].grad[keep[r - 1]].abs().min() > 0
+
+
+def gradients(model, loss):
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return {name: g for (name, _), g in zip(model.named_parameters(), found)}
+
+
+def some_batch(cfg, **changes):
+    return mor.make_batch(cfg, "train", 0) | changes
+
+
+def test_auxiliary_router_learns_alone():
+    model = build(aux="router").train()
+    batch = some_batch(model.cfg)
+    loss, _ = mor.loss_fn(model, batch, model.cfg)
+    logits = model(batch["idx"], batch["noise"])[0]
+    rows = [F.cross_entropy(a, b) for a, b in zip(logits, batch["targets"])]
+    with_side, without = gradients(model, loss), gradients(model, sum(rows) / len(rows))
+    assert without.pop("decider.weight") is None
+    assert with_side.pop("decider.weight").abs().sum(1).min() > 0
+    for name in without:
+        same(with_side[name], without[name])
+
+
+def test_auxiliary_loss_reaches_the_stream_and_only_when_settled():
+    model = build(aux="loss", aux_weight=1.0).train()
+    batch = some_batch(model.cfg)
+    grads = [gradients(model, mor.loss_fn(model, batch | {"settled": torch.full((32, 1), s)},
+                                          model.cfg)[0]) for s in (0.0, 1.0)]
+    for name in ("router.weight", "embed.weight", "blocks.0.attn.qkv.weight"):
+        assert (grads[0][name] - grads[1][name]).abs().max() > 1e-6
+
+
+def test_training_the_auxiliary_router_leaves_all_other_weights_bit_identical(monkeypatch, tmp_path):
+    """Also while gradients are clipped: a norm over all parameters would couple them."""
+    loss_fn, weights = mor.loss_fn, []
+
+    def cross_entropy_only(model, batch, cfg):
+        loss, stats = loss_fn(model, batch, mor.replace(cfg, aux="none"))
+        return loss + 0 * model.decider.weight.sum(), stats
+
+    fast = dict(steps=4, warmup=1, eval_every=4, eval_batches=1, batch_size=2, grad_clip=1e-3)
+    for name, function in [("on", loss_fn), ("off", cross_entropy_only)]:
+        monkeypatch.setattr(mor, "loss_fn", function)
+        cfg = mor.Config(**SMALL | fast, aux="router", out=str(tmp_path / name))
+        torch.manual_seed(0)
+        model = mor.MoR(cfg)
+        before = model.decider.weight.clone()
+        mor.train("mor", model, cfg, mor.Run(cfg))
+        weights.append(model.state_dict())
+        assert not torch.equal(before, model.decider.weight) or name == "off"
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]) == (name != "decider.weight")
+
+
+# ---- Objective
+
+
+@pytest.mark.parametrize("aux, settled, weight", [("loss", 1.0, 0.3), ("loss", 0.0, 0.0),
+                                                  ("router", 0.0, 1.0), ("none", 1.0, 0.0)])
+def test_objective_by_hand(aux, settled, weight):
+    cfg = mor.Config(**SMALL | dict(aux=aux, aux_weight=0.3, z_weight=0.2))
+    batch = mor.make_batch(mor.replace(cfg, batch_size=3), "train", 0)
+    batch["settled"] = torch.full((3, 1), settled)
+    logits, z, q = torch.randn(3, 24, VOCAB), torch.randn(3, 3, 24), torch.randn(3, 3, 24)
+    keep = build().train()(tokens(3), noises(3))[3]
+    loss, stats = mor.loss_fn(lambda idx, noise: (logits, z, q, keep), batch, cfg)
+    expected = 0
+    for b in range(3):
+        scored = [t for t in range(24) if batch["targets"][b, t] >= 0]
+        nll = [-logits[b, t].log_softmax(-1)[batch["targets"][b, t]] for t in scored]
+        expected += sum(nll) / len(nll) / 3
+    same(stats["loss"], expected)
+    for r in range(3):
+        candidates = [(b, t) for b in range(3) for t in range(24) if r == 0 or keep[r - 1, b, t]]
+        assert len(candidates) == 3 * [24, 24, 16][r]
+        p = {at: torch.sigmoid(q[r][at]) for at in candidates}
+        bce = [-torch.log(p[at] if keep[r][at] else 1 - p[at]) for at in candidates]
+        expected += weight * sum(bce) / len(bce)
+        expected += 0.2 * sum(z[r][at] ** 2 for at in candidates) / len(candidates)
+    same(loss, expected)
+
+
+def test_objective_at_simple_scores():
+    """All scores zero: ln 2 for every pass. All 3: a z-loss of 9 for every pass."""
+    cfg = mor.Config(**SMALL | dict(aux_weight=1.0, z_weight=1.0))
+    batch = mor.make_batch(cfg, "train", cfg.steps)
+    keep = build().train()(batch["idx"], batch["noise"])[3]
+    assert [kept.double().mean().item() for kept in keep] == [1, 16 / 24, 8 / 24]
+    for z, q, more in [(0.0, 0.0, 3 * math.log(2)), (3.0, 0.0, 3 * math.log(2) + 27)]:
+        scores = [torch.full(keep.shape, value) for value in (z, q)]
+        model = lambda idx, noise: (torch.zeros(32, 24, VOCAB), *scores, keep)
+        same(mor.loss_fn(model, batch, cfg)[0], torch.tensor(math.log(VOCAB) + more))
+
+
+# ---- Causality
+
+
+def change_the_end(idx):
+    step = torch.randint(1, VOCAB, (len(idx), 4), generator=torch.Generator().manual_seed(1))
+    return torch.cat([idx[:, :-4], (idx[:, -4:] + step) % VOCAB], dim=1)
+
+
+def test_top_k_leaks_the_future():
+    """The positive control of the next test: it sees a leak where there is one."""
+    model, idx = build().train(), tokens(100)
+    a, b = (model(ids, 0 * noises(100))[0] for ids in (idx, change_the_end(idx)))
+    assert (a[:, :-4] != b[:, :-4]).flatten(1).any(1).double().mean() > 0.3
+
+
+@pytest.mark.parametrize("training, changes", [
+    (False, {}), (False, dict(aux="router")), (False, dict(update="paper")),
+    (False, dict(kv="share")), (False, dict(sharing="middle_cycle", n_layer=3)),
+    (False, dict(router="random")), (True, dict(router="random")), (True, dict(router="none"))])
+def test_all_other_rules_do_not_leak_the_future(training, changes):
+    model, idx, noise = build(**changes).train(training), tokens(100), noises(100)
+    a, b = (model(ids, noise)[0] for ids in (idx, change_the_end(idx)))
+    torch.testing.assert_close(a[:, :-4], b[:, :-4], rtol=0, atol=1e-12)
+    assert (a[:, -4:] != b[:, -4:]).any(-1).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_row_does_not_depend_on_the_others(training):
+    model, idx, noise = build().train(training), tokens(5), noises(5)
+    together = model(idx, noise)
+    for b in range(5):
+        alone = model(idx[b : b + 1], noise[b : b + 1])
+        same(alone[0][0], together[0][b])
+        assert torch.equal(alone[3][:, 0], together[3][:, b])
+
+
+# ---- Decoding
+
+
+PIECES = pytest.mark.parametrize("sizes", [[24], [1] * 24, [5, 1, 7, 1, 1, 9]], ids=str)
+DECODED = [{}, dict(kv="share"), dict(aux="router"), dict(router="none"),
+           dict(sharing="middle_sequence", n_layer=4), dict(kv="share", sharing="middle_cycle",
+                                                           n_layer=3, update="paper")]
+
+
+@PIECES
+@pytest.mark.parametrize("changes", DECODED, ids=str)
+def test_cached_decoding_equals_the_full_forward(changes, sizes):
+    model, idx = build(**changes).eval(), tokens(4)
+    whole = model(idx)
+    keep = whole[3]
+    if model.cfg.router == "expert":
+        assert 0.1 < keep[1:].double().mean() < 0.9 and keep.sum(2).unique().numel() > 4
+    caches = [[mor.KVCache(4, model.cfg, "cpu") for _ in s] for s in model.stages]
+    start, results = 0, []
+    for n in sizes:
+        results.append(model(idx[:, start : start + n], None, start, caches))
+        start += n
+    same(torch.cat([part[0] for part in results], dim=1), whole[0])
+    for found, right in zip(zip(*(part[1:] for part in results)), whole[1:]):
+        same(torch.cat(found, dim=2).double(), right.double())
+    for s, stage in enumerate(caches):      # a token that skips a pass leaves nothing there
+        expected = keep[s - 1].sum(1) if 0 < s <= 3 else torch.full((4,), 24)
+        expected = 0 * expected if model.cfg.kv == "share" and 1 < s <= 3 else expected
+        assert all(torch.equal(cache.count, expected) for cache in stage)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(kv="share"), dict(router="none")], ids=str)
+@pytest.mark.parametrize("n, n_new", [(5, 12), (1, 23), (23, 1)])
+def test_greedy_text_is_the_argmax_of_full_forwards(n, n_new, changes):
+    model, idx = build(**changes).eval(), tokens(3, n)
+    out = mor.rollout(model, idx, n_new)
+    for _ in range(n_new):
+        idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, idx)
+
+
+# ---- Random routing
+
+
+def test_random_routing_takes_all_tokens_equally_often_and_does_not_look_at_them():
+    model, n = build(router="random", n_layer=1), 2000
+    noise, bound = torch.randn(n, 3, 24), 4 * math.sqrt(0.25 / n)
+    for training in (True, False):
+        keeps = [model.train(training)(tokens(n, seed=seed), noise)[3] for seed in (0, 1)]
+        assert torch.equal(*keeps)
+        for kept, share in zip(keeps[0], (1, 2 / 3, 1 / 3)):
+            assert ((kept.double().mean(0) - share).abs() <= bound).all()
+            if not training and share < 1:      # token by token
+                assert abs((kept[:, 1:] & kept[:, :-1]).double().mean() - share**2) < 0.02
+
+
+# ---- FLOPs
+
+
+@pytest.mark.parametrize("changes, per_token", [
+    # a layer on k of 48 tokens: 24 k C^2 + 4 k^2 C over 48; head 2 C V; routers 2 C R
+    (dict(router="none"), 3 * (24 * 32**2 + 4 * 48 * 32) + 2 * 32 * 17),
+    (dict(router="none", n_loop=1), (24 * 32**2 + 4 * 48 * 32) + 2 * 32 * 17),
+    ({}, (48 + 32 + 16) * 24 * 32**2 / 48 + (48**2 + 32**2 + 16**2) * 4 * 32 / 48
+     + 2 * 32 * (17 + 3)),
+    (dict(kv="share"), (48 + 32 + 16) * (24 * 32**2 + 4 * 48 * 32) / 48 + 2 * 32 * (17 + 3)),
+    (dict(sharing="middle_cycle", n_layer=3), 2 * (24 * 32**2 + 4 * 48 * 32)
+     + (48 + 32 + 16) * 24 * 32**2 / 48 + (48**2 + 32**2 + 16**2) * 4 * 32 / 48
+     + 2 * 32 * (17 + 3))])
+def test_flops_equal_the_closed_form_and_a_count(changes, per_token):
+    cfg = mor.Config(**SMALL | dict(n_layer=1, n_embd=32, seq_len=48) | changes)
+    model = mor.MoR(cfg).train()
+    assert model.flops() == pytest.approx(per_token, rel=1e-12)
+    counter = FlopCounterMode(display=False)        # it does not know the fused kernel of a CPU
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(torch.zeros(2, 48, dtype=torch.long), torch.randn(2, 3, 48))
+    routers = 2 * 32 * 3 * (cfg.router == "expert")     # nor the product of a matrix and a vector
+    assert counter.get_total_flops() / 96 == pytest.approx(per_token - routers, rel=1e-12)
+
+
+# ---- Data
+
+
+def compose(g, h):
+    """The permutation that applies h, then g."""
+    return tuple(g[i] for i in h)
+
+
+@pytest.mark.parametrize("T, n_fold", [(64, 4), (24, 2), (64, 8), (7, 1)])
+def test_rows_parse_and_their_products_are_right(T, n_fold):
+    cfg = mor.Config(**SMALL | dict(seq_len=T, n_fold=n_fold, batch_size=400))
+    batch = mor.make_batch(cfg, "train", 3)
+    counts, steps = {}, []
+    for row, target, need, level in zip(*(batch[n].tolist() for n in
+                                          ("idx", "targets", "need", "level"))):
+        text, t, last, folds = "".join(mor.ALPHABET[i] for i in row), 0, None, 0
+        while t < T:
+            if text[t].isdigit():
+                steps += [(int(text[t]) - last) % 9] if last is not None else []
+                last, size = int(text[t]), 1
+                assert not need[t] and level[t] == 0
+            else:
+                size = text.index(";", t) + 1 - t
+                k, folds = size - 3, folds + 1
+                assert text[t + k] == "=" and 1 <= k <= mor.MOST
+                product = functools.reduce(compose, (mor.S3[row[t + j]] for j in range(k)))
+                assert mor.S3[row[t + k + 1]] == product
+                assert need[t : t + size] == [True] * (k + 1) + [False] * 2
+                assert level[t : t + size] == [0] * k + [k] + [0] * 2
+                counts[k] = counts.get(k, 0) + 1
+            t += size
+        assert folds == n_fold
+        assert target == [-100 if n else i for i, n in zip(row[1:], need[1:])] + [-100]
+    assert set(counts) == {1, 2, 3, 4}
+    if T == 64 and n_fold == 4:
+        assert max(counts.values()) < 1.5 * min(counts.values())
+        assert abs(steps.count(1) / len(steps) - (0.99 + 0.01 / 9)) < 0.004
+
+
+def test_group_is_not_abelian_and_its_table_is_right():
+    assert len(set(mor.S3)) == 6 and not torch.equal(mor.PRODUCT, mor.PRODUCT.T)
+    for a, b in itertools.product(range(6), repeat=2):
+        assert mor.S3[mor.PRODUCT[a, b]] == compose(mor.S3[a], mor.S3[b])
+
+
+def test_tokens_that_a_product_needs_fit_the_last_pass_by_default():
+    cfg = mor.Config()
+    batch = mor.make_batch(cfg, "val", 0)
+    assert batch["need"].sum(1).max() <= cfg.seq_len // cfg.n_loop
+
+
+def test_a_batch_is_a_function_of_seed_split_and_step():
+    cfg, seen = mor.Config(**SMALL), {}
+    for noise, seed in [(1, 1), (2, 1), (3, 2)]:
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        for split, step in itertools.product(("train", "val"), (0, 1)):
+            idx = mor.make_batch(mor.replace(cfg, seed=seed), split, step)["idx"]
+            assert torch.equal(idx, seen.setdefault((split, step, seed * (split == "train")), idx))
+        assert torch.equal(torch.get_rng_state(), state)
+    rows = torch.cat(list(seen.values()))
+    assert len(rows.unique(dim=0)) == len(rows)         # training and validation are disjoint
+
+
+def test_noise_fades_and_then_the_auxiliary_loss_settles():
+    cfg = mor.Config(**SMALL | dict(steps=100, explore=0.4, batch_size=500))
+    for split, step, scale, settled in [("train", 0, 1.0, 0), ("train", 10, 0.75, 0),
+                                        ("train", 39, 0.025, 0), ("train", 40, 0.0, 1),
+                                        ("train", 99, 0.0, 1), ("val", 0, 0.0, 1)]:
+        batch = mor.make_batch(cfg, split, step)
+        assert batch["noise"].std().item() == pytest.approx(scale, abs=0.02 * scale)
+        assert (batch["settled"] == settled).all()
+        random = mor.make_batch(mor.replace(cfg, router="random"), split, step)["noise"]
+        assert random.std().item() == pytest.approx(1, abs=0.02)
+    assert (mor.make_batch(mor.replace(cfg, explore=0.0), "train", 0)["settled"] == 1).all()
+
+
+# ---- Evaluation and experiment
+
+
+def test_evaluation_by_brute_force(tmp_path):
+    cfg = mor.Config(**SMALL | dict(batch_size=8, eval_batches=2, aux="router"), out=str(tmp_path))
+    model = build(aux="router")
+    metrics = mor.evaluate(model, cfg, mor.Run(cfg))
+    lists = {name: [] for name in [*mor.METRICS]}
+    for step in range(2):
+        batch = mor.make_batch(cfg, "val", step)
+        topk, _, q, label = model.train()(batch["idx"], batch["noise"])
+        logits, _, _, keep = model.eval()(batch["idx"])
+        for b, t in itertools.product(range(8), range(24)):
+            k, answer = batch["level"][b, t].item(), batch["targets"][b, t].item()
+            lists["depth"].append(keep[:, b, t].sum().item())
+            if keep[2, b, t]:
+                lists["needed"].append(batch["need"][b, t].item())
+            for r in (1, 2):
+                if label[r - 1, b, t] and answer >= 0:
+                    lists["agreement"].append(label[r, b, t].item() == (q[r, b, t].item() > 0))
+            if k:
+                nll, other = (-out[b, t].log_softmax(-1)[answer].item() for out in (logits, topk))
+                lists["loss"].append(nll)
+                lists["loss_topk"].append(other)
+                lists["topk_gap"].append(nll - other)
+                lists[f"k = {k}"].append(logits[b, t].argmax().item() == answer)
+                if k == mor.MOST:
+                    lists["hard"].append(nll)
+                    lists["hard_topk"].append(other)
+                    lists["right"].append(logits[b, t].argmax().item() == answer)
+    for name, values in lists.items():
+        assert metrics[name] == pytest.approx(sum(values) / len(values), abs=1e-10), name
+    first = mor.make_batch(cfg, "val", 0)["idx"]
+    assert metrics["sample"] == first[0].tolist()
+    assert metrics["passes"] == model.eval()(first)[3][:, 0].sum(0).tolist()
+
+
+def test_arms_are_the_method_switched_off_and_have_the_flops_they_claim():
+    cfg = mor.Config()
+    arms = {arm: mor.MoR(mor.replace(cfg, **changes(cfg))) for arm, changes in mor.ARMS.items()}
+    flops = {arm: model.flops() for arm, model in arms.items()}
+    assert flops["mor"] / flops["recursive"] == pytest.approx(2 / 3, rel=0.05)
+    assert flops["uniform"] / flops["mor"] == pytest.approx(1, rel=0.05)
+    sizes = {arm: sum(p.numel() for p in model.parameters()) for arm, model in arms.items()}
+    assert sizes.pop("mor") - 3 * cfg.n_embd == sizes["random"] and len(set(sizes.values())) == 1
