@@ -12,7 +12,7 @@ thought, and the words that are left train the thoughts, through which their gra
 (2)  x_t = h_{t-1}: a thought z. No word, no projection, no detach
 (3)  stage k:  edges <q> t t' <bot> r  z_1 .. z_k  s_{k+1} .. s_D  <eot> a
 (4)  L = mean of -log softmax(W h_{t-1})[w_t] over the words of s_{k+1} .. s_D and the answer a
-(5)  k = 0 for a share `start` of the training, then 1 .. D for equal times; `mix`: earlier stages
+(5)  k = 0 for a share `start` of the training, then 1 .. D for equal times; `mix`, `extra`: others
 (6)  an edge u -> v takes one position: x_t = g_1 e(u) + g_2 e(v)
 (7)  a CoT prefers t to t' in (1 + 1/b) / 2 of the cases: it guesses a branch; if lost, a star
 (8)  p_m(v) = softmax(W z_m)[v]: the logit lens, a thought read as if it were a word
@@ -38,19 +38,17 @@ thoughts <eot> attends to single inputs and follows none (no proof: its MLP sees
   C3 z_2 .. z_D, least frontier    needed >= 0.6, not measured yet
   C3 all z, largest twin mass      needed <= 0.1, not measured yet
   C4 z of another, zeros or noise  needed <= 0.6, not measured yet
-Accuracy is 2-way, t against t': a lost CoT names an end of its own star, exact are only
-1/b of its answers. Frontier: nodes m hops from r; twin: from the other root. C5 needs --full. With
-twelve pretrained layers pauses are as good on ProsQA (97 %): one pass can follow the edges.
+Accuracy is 2-way, t against t': a lost CoT names an end of its own star. Frontier: m hops from r;
+twin: from the other root. C5 needs --full. Twelve pretrained layers do ProsQA as well with pauses.
 
 What the paper leaves open. A thought is taken behind the final norm (facebookresearch/coconut,
 coconut.py, forward). The stage belongs to a sequence: one graph serves all. r ends the prompt,
 <eot> only announces the answer, the optimiser survives a new stage: Ber666/reasoning-by-
-superposition, where node numbers betray the root. iCoT would be "no_thought" with random removals.
-Left out: ProsQA, trees, two tokens per edge.
+superposition, where node numbers betray the root. Left out: ProsQA, trees, two tokens per edge.
 
 Exercises
   1. --n_branch 3: which line does CoT meet now, and how is the mass of z_1 shared?
-  2. --full: which of deep, looped, no_thought, no_curriculum comes near coconut, and why?
+  2. --full: which of deep, looped, icot, no_thought, no_curriculum comes near coconut, and why?
 
 New here: QUESTION, THINK, STOP, PAUSE, KINDS, grow, Coconut, answer_flops, reply, two_way, probe,
 latency
@@ -100,6 +98,7 @@ class Config:
     remove: Literal["stages", "all", "none"] = "stages"     # steps removed: one by one, all at once
     start: float = 0.27             # stages: share of the training before the first step goes
     mix: float = 0.1                # stages: share of the sequences at a random earlier stage
+    extra: float = 0.0              # stages: chance that one more step goes, and then one more
     # training
     steps: int = 2200               # optimiser steps; scaled where arms must cost the same
     batch_size: int = 128           # sequences in a step, over all processes
@@ -127,14 +126,14 @@ class Config:
     seq_len = property(lambda self: self.n_edge + 5 + self.lengths(0)[1] + 1)
 
     def __post_init__(self):
-        at_least(self, 0, "start mix")
+        at_least(self, 0, "start mix extra")
         at_least(self, 1, "step_tokens n_loop")
         at_least(self, 2, "n_branch n_hop")
         check_common(self)
-        if self.batch_size % 4 or self.step_tokens > 2 or max(self.start, self.mix) >= 1:
+        most = max(self.start, self.mix, self.extra)
+        if self.batch_size % 4 or self.step_tokens > 2 or most >= 1:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of 4, step_tokens="
-                             f"{self.step_tokens} 1 or 2, start={self.start} and mix={self.mix} "
-                             "below 1")
+                             f"{self.step_tokens} 1 or 2, start, mix, extra (up to {most}) below 1")
 
     def lengths(self, stage):
         """Slots and words between r and <eot>; of the last step's dst src only dst is written."""
@@ -175,6 +174,7 @@ def make_batch(cfg, split, step):
     k = torch.full((B, 1), cfg.stage(step / cfg.steps if split == "train" else 1))  # (B, 1)
     if split == "train" and cfg.remove == "stages":
         k = torch.where(draw(B, 1) < cfg.mix, (draw(B, 1) * (k + 1)).long(), k)     # Eq. 5
+        k = (k + (draw(B, D) < cfg.extra).cumprod(1).sum(1, True)).clamp(max=D)
     n_slot, n_word = torch.tensor([cfg.lengths(i) for i in range(D + 1)])[k].unbind(2)  # (B, 1)
     j = torch.arange(cfg.lengths(0)[1] + 1)                             # (S + 1,)
     words = node[:, 1:half:b].repeat_interleave(s, dim=1)               # (B, s * D)
@@ -656,6 +656,7 @@ def experiment(cfg, run):
             "cot": dict(slot="nothing", remove="none"), "coconut": {}}
     if cfg.full:
         arms |= {"no_curriculum": dict(remove="all"), "no_thought": dict(slot="nothing"),
+                 "icot": dict(slot="nothing", mix=0.0, extra=math.exp(-4)),     # its lambda is 4
                  "pause_token": dict(slot="pause", remove="all"),
                  "deep": dict(slot="nothing", n_layer=cfg.n_layer * (D + 1)),
                  "looped": dict(slot="nothing", n_loop=cfg.n_loop * (D + 1))}
@@ -714,8 +715,7 @@ def plot(cfg, run, results):
         stages.plot(arms[arm].get("by_stage", []), **STYLES[arm])
     floor = [math.log(b) / (D + 1 - k) * (k < D - 1) for k in map(cfg.stage, done.tolist())]
     curves.plot(done * arms[list(arms)[0]]["steps"], floor, color="#cc79a7", label="floor")
-    curves.set(xlabel="training step", ylabel="training loss (nats)", ylim=(0, 1),
-               title="The loss of the words and answers, and its floor")
+    curves.set(xlabel="training step", ylabel="loss (nats)", ylim=(0, 1), title="Loss and floor")
     stages.set(xlabel="thoughts; the other steps are words", xticks=range(D + 1))
     for panel in (bars, stages):
         panel.axhline(0.5, color="#999999", linestyle="--", label="coin flip")

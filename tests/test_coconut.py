@@ -446,6 +446,9 @@ def test_stage_and_mixing_of_a_batch():
     assert (share[:3] - 0.3 / 4).abs().max() < 0.015
     count = coconut.make_batch(cfg, "train", 40)["n_slot"].flatten().bincount(minlength=4)
     assert count[3] == 0 and count[2] / 8000 == pytest.approx(0.7 + 0.1, abs=0.02)
+    icot = replace(cfg, mix=0.0, extra=0.2, slot="nothing")     # each further step goes by chance
+    said = (coconut.make_batch(icot, "train", 40)["targets"] >= 0).sum(1).bincount(minlength=5)
+    assert said[3:].sum() == 0 and said[2] / 8000 == pytest.approx(0.8, abs=0.02)   # a word, a
     val = coconut.make_batch(cfg, "val", 0)
     assert (val["n_slot"] == 3).all()
     for remove, slots in [("all", 3), ("none", 0)]:
@@ -651,7 +654,7 @@ def test_claims_by_hand():
 
 
 @pytest.mark.parametrize("flags", [dict(n_branch=1), dict(n_hop=1), dict(step_tokens=3), dict(start=1.0),
-                                   dict(mix=1.5), dict(batch_size=6), dict(n_loop=0)], ids=str)
+                                   dict(mix=1.5), dict(extra=1.0), dict(batch_size=6), dict(n_loop=0)], ids=str)
 def test_wrong_values_are_refused(flags):
     with pytest.raises(ValueError, match=next(iter(flags))):
         coconut.Config(**flags)
