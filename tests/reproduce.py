@@ -1,9 +1,9 @@
-"""The evidence: default runs on seeds 1, 2 and 3 -> data/results/NAME.json, NAME.png, README table,
+"""The evidence: default runs on seeds 1, 2 and 3 -> data/results/NAME.json, NAME.png, README tables,
 and the claims in the script's docstring.
 
     python -m tests.reproduce              every script
     python -m tests.reproduce mod looped   these scripts
-    python -m tests.reproduce --table      only rewrite the README's table from the JSON files
+    python -m tests.reproduce --table      only rewrite the README's tables from the JSON files
 
 Finished seeds of an unchanged script are kept in out/evidence and not run again.
 """
@@ -23,6 +23,7 @@ from tests.same_name import ROOT, scripts
 SEEDS = 1, 2, 3
 RESULTS = ROOT / "data" / "results"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+CELLS = re.compile(r"(<!-- (\w+): (.+?) -->).*?(<!-- end -->)")       # of one script, in the README
 
 
 def fingerprint(path):
@@ -35,14 +36,29 @@ def fingerprint(path):
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
+def folder(path, seed):
+    """Where a run belongs, and the file there that says it is whole and of this script's version."""
+    out = ROOT / "out" / "evidence" / path.stem / str(seed)
+    return out, out / fingerprint(path)
+
+
+def time_left(jobs):
+    """What the runs (path, seed) that are still to be made will take, from what they took before."""
+    stored = {path: RESULTS / f"{path.stem}.json" for path, _ in jobs}
+    known = {path: json.loads(file.read_text())["seconds"]["mean"] / 60
+             for path, file in stored.items() if file.exists()}
+    usual = statistics.fmean(known.values()) if known else 5
+    return f"{len(jobs)} runs left, about {sum(known.get(path, usual) for path, _ in jobs):.0f} minutes"
+
+
 def run(path, seed):
     """results.json of the default run on one seed."""
-    out, mark = ROOT / "out" / "evidence" / path.stem / str(seed), fingerprint(path)
-    if not (out / mark).exists():
+    out, mark = folder(path, seed)
+    if not mark.exists():
         shutil.rmtree(out, ignore_errors=True)
         line = [sys.executable, path.name, "--seed", str(seed), "--out", str(out)]
         subprocess.run(line, cwd=ROOT, check=True)
-        (out / mark).touch()
+        mark.touch()
     return json.loads((out / "results.json").read_text())
 
 
@@ -92,28 +108,47 @@ def table():
             minutes = f"{stored['seconds']['mean'] / 60:.1f}"
             for claim in stored["claims"]:
                 holds, m = claim["verdicts"].count("holds"), claim["measured"]
-                cells = [path.name + stale, claim["claim"], claim["needed"], f"{m['mean']:.3f}",
-                         f"{m['sd']:.3f}", f"{holds} of 3", minutes]
-                lines.append(f"| {' | '.join(cells)} |")
+                row = [path.name + stale, claim["claim"], claim["needed"], f"{m['mean']:.3f}",
+                       f"{m['sd']:.3f}", f"{holds} of 3", minutes]
+                lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
     return "\n".join(lines)
 
 
+def cells(name, claims):
+    """Three cells of the README's first table: what some claims measured, minutes, picture."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "not measured yet | - | -"
+    stored = json.loads(path.read_text())
+    found = {claim["claim"]: claim["measured"] for claim in stored["claims"]}
+    shown = [f"{c}: **{found[c]['mean']:.2f} ± {found[c]['sd']:.2f}**" for c in claims.split("; ")]
+    always = sum(set(claim["verdicts"]) == {"holds"} for claim in stored["claims"])
+    note = f"{always} of {len(found)} claims hold on all seeds"
+    minutes, picture = f"{stored['seconds']['mean'] / 60:.1f}", f"[see](data/results/{name}.png)"
+    return f"{'; '.join([*shown, note])} | {minutes} | {picture}"
+
+
 def rewrite(readme):
-    """README text with the table between its two markers."""
+    """README text with the cells of every script and the table of all claims between their markers."""
+    readme = CELLS.sub(lambda m: f"{m[1]}{cells(m[2], m[3])}{m[4]}", readme)
     head, rest = readme.split(BEGIN)
     return f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
 
 
 def main(argv):
     names = [name for name in argv if name != "--table"]
-    for path in scripts():
-        if argv != ["--table"] and (not names or path.stem in names):
-            summary = summarise(path, [run(path, seed) for seed in SEEDS])
-            RESULTS.mkdir(exist_ok=True)
-            (RESULTS / f"{path.stem}.json").write_text(json.dumps(summary, indent=1) + "\n")
-            path.write_text(fill(path.read_text(), summary["claims"]))
-            evidence = ROOT / "out" / "evidence" / path.stem / "1" / f"{path.stem}.png"
-            shutil.copyfile(evidence, RESULTS / f"{path.stem}.png")
+    paths = [path for path in scripts() if path.stem in names or not names and argv != ["--table"]]
+    for path in paths:
+        for seed in SEEDS:
+            left = [(p, s) for p in paths for s in SEEDS if not folder(p, s)[1].exists()]
+            if (path, seed) in left:
+                print(f"{path.name}, seed {seed}: {time_left(left)}")
+            run(path, seed)
+        summary = summarise(path, [run(path, seed) for seed in SEEDS])
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{path.stem}.json").write_text(json.dumps(summary, indent=1) + "\n")
+        path.write_text(fill(path.read_text(), summary["claims"]))
+        shutil.copyfile(folder(path, 1)[0] / f"{path.stem}.png", RESULTS / f"{path.stem}.png")
     readme = ROOT / "README.md"
     readme.write_text(rewrite(readme.read_text()))
 

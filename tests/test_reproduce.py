@@ -21,6 +21,26 @@ def test_stored_evidence_is_of_three_seeds_and_has_its_picture(path):
     assert all(len(claim["verdicts"]) == 3 for claim in stored["claims"])
 
 
+def test_every_script_stands_in_the_readme_with_numbers_from_its_evidence():
+    readme = (reproduce.ROOT / "README.md").read_text()
+    rows = {match[2]: match[0] for match in reproduce.CELLS.finditer(readme)}
+    assert list(rows) == sorted(rows, key=lambda name: readme.index(f"| [{name}.py]({name}.py) |"))
+    assert set(rows) == {path.stem for path in reproduce.scripts()}
+    for path in STORED:
+        first = json.loads(path.read_text())["claims"][0]["measured"]
+        shown = reproduce.cells(path.stem, json.loads(path.read_text())["claims"][0]["claim"])
+        assert f"**{first['mean']:.2f} ± {first['sd']:.2f}**" in shown and shown.count(" | ") == 2
+    assert reproduce.cells("no_such_script", "C1").startswith("not measured yet")
+
+
+def test_time_left_adds_up_what_runs_took_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    mod, mor = (reproduce.ROOT / name for name in ("mod.py", "mor.py"))
+    (tmp_path / "mod.json").write_text(json.dumps(dict(seconds=dict(mean=240))))
+    assert reproduce.time_left([(mod, 1), (mod, 2), (mor, 1)]) == "3 runs left, about 12 minutes"
+    assert reproduce.time_left([(mor, 1)]) == "1 runs left, about 5 minutes"
+
+
 def test_fingerprint_sees_code_but_not_docstrings_and_comments(tmp_path):
     marks = []
     for text in ('"""A."""\nx = 1\n', '"""B."""\nx = 1  # one\n', '"""A."""\nx = 2\n'):
