@@ -16,7 +16,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +30,8 @@ import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
+from tests.processes import finish, start
+
 ROOT = Path(__file__).resolve().parents[1]
 ALL = "mod mor tah adainfer coconut looped recurrent_depth hrpo llada remdm softmask".split()
 NAMES = [name for name in ALL if (ROOT / f"{name}.py").exists()]
@@ -41,6 +42,13 @@ NAMES = [name for name in ALL if (ROOT / f"{name}.py").exists()]
 
 def smoke_run(script, out, *flags):
     return script.main(["--smoke", "--out", str(out), *flags])
+
+
+def quick_run(script, out, *flags):
+    """A smoke run without its picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "plot", lambda cfg, run, results: None)
+        return smoke_run(script, out, *flags)
 
 
 def timeless(value):
@@ -87,22 +95,6 @@ def refused(script, capsys, folder, *flags, out=None):
     assert stdout == ""
     assert files(folder) == before
     return line
-
-
-def start(script, cwd, *flags, **variables):
-    """The script in a process of its own; it writes to the folder `out` below `cwd`."""
-    command = [sys.executable, str(ROOT / f"{script.NAME}.py"), "--out", "out", *flags]
-    env, pipe = dict(os.environ, OMP_NUM_THREADS="1", **variables), subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=env)
-
-
-def finish(processes):
-    """What they print, as (stdout, stderr). None of them outlives the test."""
-    try:
-        return [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def global_state():
@@ -195,7 +187,7 @@ def whole(script, smoke, tmp_path_factory):
     arms = ",".join(dict.fromkeys([smoke.arms[0], smoke.arm, smoke.arms[-1]]))
     flags = ["--steps", "9", "--eval_every", "3", "--only", arms]
     with counted_steps(script) as steps:
-        results = smoke_run(script, out, *flags)
+        results = quick_run(script, out, *flags)
     seconds = time.perf_counter() - begin
     return SimpleNamespace(results=results, out=out, flags=flags, steps=len(steps), seconds=seconds)
 
@@ -282,7 +274,7 @@ def test_claims_are_judged_from_the_full_budget_on(script, full, tmp_path, monke
     monkeypatch.setattr(script, "experiment", lambda cfg, run: full.results["arms"])
     sizes = [f"--{name}={value}" for name, value in script.SMOKE.items()]
     for budget in ("1", "2", "0.5"):
-        claims = smoke_run(script, tmp_path, "--no-smoke", *sizes, "--budget", budget)["claims"]
+        claims = quick_run(script, tmp_path, "--no-smoke", *sizes, "--budget", budget)["claims"]
         allowed = {"not judged"} if budget == "0.5" else {"holds", "does not hold"}
         assert {claim["verdict"] for claim in claims} <= allowed, budget
 
@@ -309,7 +301,7 @@ def test_full_adds_arms_to_those_of_the_default_run(smoke, full):
 
 
 def test_bfloat16_runs_on_a_cpu_and_changes_the_numbers_a_little(script, smoke, tmp_path):
-    smoke_run(script, tmp_path, "--only", smoke.arm, "--dtype", "bfloat16", "--device", "cpu")
+    quick_run(script, tmp_path, "--only", smoke.arm, "--dtype", "bfloat16", "--device", "cpu")
     read_strict(tmp_path / "results.json")
     exact = [row for row in read_log(smoke.out) if row["arm"] == smoke.arm]
     for row, want in zip(read_log(tmp_path), exact, strict=True):
@@ -368,12 +360,11 @@ def test_device_that_is_not_there_is_refused(script, capsys, tmp_path, device):
     assert device in refused(script, capsys, tmp_path, "--device", device)
 
 
-def test_bad_input_in_a_real_process(script, tmp_path):
-    wrong = ["--bogus"], ["--steps", "0"]
-    processes = [start(script, tmp_path, *flags) for flags in wrong]
-    for process, (out, err) in zip(processes, finish(processes)):
-        assert process.returncode == 2 and out == ""
-        assert err.startswith(f"{script.NAME}: ") and err.count("\n") == 1
+def test_bad_input_on_the_command_line(script, tmp_path):
+    line = [sys.executable, ROOT / f"{script.NAME}.py", "--steps", "0"]
+    process = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith(f"{script.NAME}: ") and process.stderr.count("\n") == 1
     assert not files(tmp_path)
 
 
@@ -384,7 +375,7 @@ def resume(script, whole, out):
     """Asserts that the run in `out` ends like the whole one and trains only what was missing."""
     trained = sum(torch.load(path, weights_only=True)["step"] for path in out.glob("*.pt"))
     with counted_steps(script) as steps:
-        results = smoke_run(script, out, *whole.flags, "--resume")
+        results = quick_run(script, out, *whole.flags, "--resume")
     assert timeless(results["arms"]) == timeless(whole.results["arms"])
     assert read_log(out) == read_log(whole.out)
     assert trained > 0 and len(steps) < whole.steps
@@ -396,13 +387,13 @@ def test_killed_run_resumes_to_the_same_numbers(script, whole, tmp_path):
     processes = {}
     for out in delays:
         out.mkdir(parents=True)
-        processes[out] = start(script, out.parent, "--smoke", *whole.flags)
+        processes[out] = start(script.NAME, out.parent, "--smoke", *whole.flags)
     for out, process in processes.items():
-        while not any(out.glob("*.pt")) and process.poll() is None:
+        while not any(out.glob("*.pt")) and process.is_alive():
             time.sleep(0.001)
         time.sleep(delays[out])
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()      # SIGKILL
+        process.join()
     assert not (early / "results.json").exists(), "the run was over before it was killed"
     for name in ("log.csv", "results.json", *(path.name for path in early.glob("*.pt"))):
         (early / f"{name}.part").write_bytes(b"half a fi")
@@ -427,7 +418,7 @@ def test_run_that_dies_while_it_writes_a_checkpoint_keeps_the_one_before(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", dying)
-        smoke_run(script, tmp_path, *whole.flags)
+        quick_run(script, tmp_path, *whole.flags)
     resume(script, whole, tmp_path)
 
 
@@ -472,7 +463,7 @@ def test_checkpoint_of_another_text_is_refused(script, smoke, capsys, tmp_path):
     text = "the quick brown fox jumps over the lazy dog. " * 100
     path.write_text(text)
     flags = ["--corpus", str(path), "--only", smoke.arm]
-    smoke_run(script, out, *flags)
+    quick_run(script, out, *flags)
     for animal in ("FOX", "god"):       # another alphabet, the same alphabet
         path.write_text(text.replace("fox", animal))
         for function in vars(script).values():
@@ -482,7 +473,7 @@ def test_checkpoint_of_another_text_is_refused(script, smoke, capsys, tmp_path):
 
 def test_eval_only_reproduces_the_evaluation_and_trains_nothing(script, smoke, trained):
     with counted_steps(script) as steps:
-        results = smoke_run(script, trained, "--eval_only")
+        results = quick_run(script, trained, "--eval_only")
     assert timeless(results["arms"]) == timeless(smoke.results["arms"])
     assert read_log(trained) == read_log(smoke.out) and not steps
     for path in trained.glob("*.pt"):
@@ -521,13 +512,13 @@ def test_two_processes_equal_one_and_only_the_first_writes_and_prints(script, sm
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    processes = []
-    for rank in ("0", "1"):     # as torchrun does; the working directories show who writes
-        (tmp_path / rank).mkdir()
-        variables = dict(world, RANK=rank, LOCAL_RANK=rank)
-        processes.append(start(script, tmp_path / rank, "--smoke", **variables))
-    (_, err), (silent, quiet) = finish(processes)
-    assert [process.returncode for process in processes] == [0, 0], err[-3000:]
+    processes, folders = [], [tmp_path / "0", tmp_path / "1"]   # they show who writes
+    for rank, folder in enumerate(folders):     # as torchrun does
+        folder.mkdir()
+        variables = dict(world, RANK=str(rank), LOCAL_RANK=str(rank))
+        processes.append(start(script.NAME, folder, "--smoke", **variables))
+    (_, err), (silent, quiet) = finish(processes, folders)
+    assert [process.exitcode for process in processes] == [0, 0], err[-3000:]
     assert silent == "" and "step/s" not in quiet and not files(tmp_path / "1")
     out = tmp_path / "0" / "out"
     results = read_strict(out / "results.json")
@@ -613,7 +604,7 @@ def test_run_with_compile_on_gives_the_numbers_of_the_eager_run(
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
-    smoke_run(script, tmp_path, "--only", smoke.arm, "--compile", "on")
+    quick_run(script, tmp_path, "--only", smoke.arm, "--compile", "on")
     assert compiled
     want = [row for row in read_log(smoke.out) if row["arm"] == smoke.arm]
     for row, exact in zip(read_log(tmp_path), want, strict=True):
@@ -639,12 +630,12 @@ def test_every_arm_runs_on_the_meta_device_and_trains_every_parameter(script, fu
 
 def test_seed_alone_decides_the_numbers_of_an_arm(script, smoke, tmp_path):
     """Not the clock, and not the arms that ran before."""
-    again = smoke_run(script, tmp_path / "again", "--only", smoke.arm)
+    again = quick_run(script, tmp_path / "again", "--only", smoke.arm)
     want = [row for row in read_log(smoke.out) if row["arm"] == smoke.arm]
     assert timeless(again["arms"][smoke.arm]) == timeless(smoke.results["arms"][smoke.arm])
     assert read_log(tmp_path / "again") == want
     with recorded(script) as calls:
-        smoke_run(script, tmp_path / "other", "--seed", "2", "--only", smoke.arm)
+        quick_run(script, tmp_path / "other", "--seed", "2", "--only", smoke.arm)
     first = list(calls)[0].weights
     assert not any(torch.equal(first, call.weights) for call in smoke.calls)
     assert not {row["loss"] for row in want} & {row["loss"] for row in read_log(tmp_path / "other")}
@@ -674,7 +665,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
     assert first in message and re.search(r"step \d", message)
     assert torch.load(tmp_path / f"{first}.pt", weights_only=True)["step"] == good
     assert not (tmp_path / "results.json").exists()
-    again = smoke_run(script, tmp_path, "--only", first, "--resume")["arms"]
+    again = quick_run(script, tmp_path, "--only", first, "--resume")["arms"]
     assert timeless(again[first]) == timeless(smoke.results["arms"][first])
 
 

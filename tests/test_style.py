@@ -442,13 +442,14 @@ def invent(folder, changes=()):
     return all_scripts(folder)
 
 
-every_script = pytest.mark.parametrize("script", all_scripts(), ids=lambda script: script.name)
+EVERY = all_scripts()
+every_script = pytest.mark.parametrize("script", EVERY, ids=lambda script: script.name)
 
 
 @every_script
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 def test_script(promise, script):
-    found = promise(script, all_scripts())
+    found = promise(script, EVERY)
     assert not found, "\n".join(found)
 
 
@@ -460,7 +461,7 @@ def test_shape_notes_hold_when_executed(script, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def effects(tmp_path_factory):
-    return effects_of_imports(all_scripts(), tmp_path_factory.mktemp("import") / "empty")
+    return effects_of_imports(EVERY, tmp_path_factory.mktemp("import") / "empty")
 
 
 @every_script
