@@ -27,12 +27,12 @@ T `n_denoise`, steps | R = n_layer * window | NFE: calls of the network per sequ
 What it shows (seeds 1-3). The source is known: x_{l+1} = x_l + 1, or with chance 0.1 any. Errors:
 jumps, steps other than +1; 5.775 per sequence are right. A window stands in for limited capacity:
 with reach 2 the network guesses while most tokens are masked and is nearly exact when few are.
-  C0 (loss - floor) / standard error   11.213 +- 0.838  needed >= -3, holds on 3 of 3
-  C0 loss / floor - 1                   0.007 +- 0.000  needed <= 0.01, holds on 3 of 3
-  C1 mdlm, jumps at T=512 / T=64        0.981 +- 0.016  needed >= 0.93, holds on 3 of 3
-  C2 jumps at T=512, cap / mdlm         0.725 +- 0.008  needed <= 0.8, holds on 3 of 3
-  C2 cap, rise when T doubles          -0.953 +- 0.051  needed <= 0.6, holds on 3 of 3
-  C3 fb, jumps at T=512 / T=64          0.986 +- 0.023  needed >= 0.9, holds on 3 of 3
+  C0 (loss - floor) / standard error   10.953 +- 0.953  needed >= -3, holds on 3 of 3
+  C0 loss / floor - 1                   0.007 +- 0.001  needed <= 0.01, holds on 3 of 3
+  C1 mdlm, jumps at T=512 / T=64        0.985 +- 0.021  needed >= 0.93, holds on 3 of 3
+  C2 jumps at T=512, cap / mdlm         0.731 +- 0.010  needed <= 0.8, holds on 3 of 3
+  C2 cap, rise when T doubles          -0.953 +- 0.008  needed <= 0.6, holds on 3 of 3
+  C3 fb, jumps at T=512 / T=64          0.984 +- 0.030  needed >= 0.9, holds on 3 of 3
   C4 exact denoiser: jumps saved        0.078 +- 0.046  needed <= 0.5, holds on 3 of 3
   C4 exact, mean-conf at T=512          4.214 +- 0.095  needed <= 5.3, holds on 3 of 3
 
