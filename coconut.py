@@ -368,7 +368,7 @@ class Coconut(nn.Module):
         self.cfg, C = cfg, cfg.n_embd
         self.embed = nn.Embedding(4 + cfg.n_edge + 2, C)
         nn.init.normal_(self.embed.weight, std=C**-0.5)
-        self.ends = nn.Parameter(torch.randn(2, C))
+        self.ends = nn.Parameter(2**0.5 * torch.eye(2).repeat(1, C // 2))   # channels of their own
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.register_buffer("rope", rope_table(cfg.seq_len, C // cfg.n_head), persistent=False)
 

@@ -18,7 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.same_name import ROOT, scripts
+from tests import overview
+from tests.same_name import ROOT, SCRIPTS, scripts
 
 SEEDS = 1, 2, 3
 RESULTS = ROOT / "data" / "results"
@@ -149,6 +150,7 @@ def main(argv):
         (RESULTS / f"{path.stem}.json").write_text(json.dumps(summary, indent=1) + "\n")
         path.write_text(fill(path.read_text(), summary["claims"]))
         shutil.copyfile(folder(path, 1)[0] / f"{path.stem}.png", RESULTS / f"{path.stem}.png")
+    overview.draw(RESULTS, SCRIPTS)
     readme = ROOT / "README.md"
     readme.write_text(rewrite(readme.read_text()))
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests import reproduce
+from tests import overview, reproduce
 
 STORED = sorted(reproduce.RESULTS.glob("*.json"))
 
@@ -31,6 +31,14 @@ def test_every_script_stands_in_the_readme_with_numbers_from_its_evidence():
         shown = reproduce.cells(path.stem, json.loads(path.read_text())["claims"][0]["claim"])
         assert f"**{first['mean']:.2f} ± {first['sd']:.2f}**" in shown and shown.count(" | ") == 2
     assert reproduce.cells("no_such_script", "C1").startswith("not measured yet")
+
+
+def test_overview_shows_every_script_with_evidence(tmp_path):
+    for path in STORED:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    overview.draw(tmp_path, [path.stem for path in STORED])
+    assert {path.stem for path in STORED} <= set(overview.PANELS)
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
 
 
 def test_time_left_adds_up_what_runs_took_before(tmp_path, monkeypatch):
