@@ -162,9 +162,10 @@ def test_features_by_hand(monkeypatch):
 
 
 def test_features_look_through_the_final_norm_at_the_last_position():
-    model, x = build(), 3 * torch.randn(4, 14, 16)
-    guess, z = model.look(x, torch.randn(4, 14, 16))
-    h = x[:, -1]
+    model, x, before = build(), 3 * torch.randn(4, 14, 16), torch.randn(4, 14, 16)
+    guess, z = model.look(x, before)
+    h, old = x[:, -1], before[:, -1]
+    same(z[:, 2], (h * old).sum(1) / (h.square().sum(1) * old.square().sum(1)).sqrt())
     h = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
     p = torch.exp(h @ model.head.weight.T)
     p = (p / p.sum(1, keepdim=True)).sort(1, descending=True)
