@@ -16,23 +16,23 @@ fill in a few per call. Trained on "A is B" it can be asked for A; its twin, ord
 (9)  guidance: logits + w (logits - blind logits, for which the prompt is masked, too)
 
 What it shows. Held-out facts are only stated. Excess: bound / truth - 1; independent words help it.
-  C1 ar, asked forward              0.947 +- 0.076  needed >= 0.9, holds on 2 of 3
+  C1 ar, asked forward              1.000 +- 0.000  needed >= 0.9, holds on 3 of 3
   C1 ar, asked in reverse           0.000 +- 0.000  needed <= 0.05, holds on 3 of 3
   C1 llada, asked forward           0.987 +- 0.023  needed >= 0.8, holds on 3 of 3
   C1 llada, asked in reverse        0.993 +- 0.012  needed >= 0.6, holds on 3 of 3
   C1 llada, both gaps               1.000 +- 0.000  needed >= 0.95, holds on 3 of 3
-  C2 (bound - truth) / s.e.         31.655 +- 0.181  needed >= -3, holds on 3 of 3
-  C2 estimators, apart / s.e.       needed <= 3, not measured yet
-  C2 s.e., rate - count             needed >= 0, not measured yet
-  C2 ar, excess                     0.001 +- 0.000  needed <= 0.05, holds on 3 of 3
-  C2 llada, excess                  0.308 +- 0.006  needed <= 0.4, holds on 3 of 3
-  C2 llada - ar, excess             needed >= 0, not measured yet
-  C3 legal words, N=24              0.971 +- 0.017  needed >= 0.9, holds on 3 of 3
-  C3 minus random order             0.153 +- 0.037  needed >= 0.1, holds on 3 of 3
-  C3 minus N=1                      0.971 +- 0.017  needed >= 0.3, holds on 3 of 3
-  C4 1 - entropy of random / real   0.039 +- 0.010  needed <= 0.1, holds on 3 of 3
-  C4 entropy, random minus low      0.619 +- 0.268  needed >= 0, holds on 3 of 3
-  C4 words, low minus random        needed >= 0, not measured yet
+  C2 (bound - truth) / s.e.         32.416 +- 2.175  needed >= -3, holds on 3 of 3
+  C2 estimators, apart / s.e.       0.618 +- 0.243  needed <= 3, holds on 3 of 3
+  C2 s.e., rate - count             0.002 +- 0.000  needed >= 0, holds on 3 of 3
+  C2 ar, excess                     0.002 +- 0.001  needed <= 0.05, holds on 3 of 3
+  C2 llada, excess                  0.325 +- 0.038  needed <= 0.4, holds on 3 of 3
+  C2 llada - ar, excess             0.323 +- 0.037  needed >= 0, holds on 3 of 3
+  C3 legal words, N=24              0.962 +- 0.031  needed >= 0.9, holds on 3 of 3
+  C3 minus random order             0.132 +- 0.012  needed >= 0.1, holds on 3 of 3
+  C3 minus N=1                      0.962 +- 0.031  needed >= 0.3, holds on 3 of 3
+  C4 1 - entropy of random / real   0.049 +- 0.007  needed <= 0.1, holds on 3 of 3
+  C4 entropy, random minus low      0.359 +- 0.092  needed >= 0, holds on 3 of 3
+  C4 words, low minus random        0.423 +- 0.005  needed >= 0, holds on 3 of 3
 
 What the paper leaves open. Its code reads c at the token drawn, as here, which biases the samples.
 Exercises. --full: few facts taught, what is left? --corpus FILE --show: which letters come first?
