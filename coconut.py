@@ -13,7 +13,7 @@ thought, and the words that are left train the thoughts, through which their gra
 (3)  stage k:  edges <q> t t' <bot> r  z_1 .. z_k  s_{k+1} .. s_D  <eot> a
 (4)  L = mean of -log softmax(W h_{t-1})[w_t] over the words of s_{k+1} .. s_D and the answer a
 (5)  k = 0 for a share `start` of the training, then 1 .. D for equal times; `mix`, `extra`: others
-(6)  an edge u -> v takes one position: x_t = g_1 e(u) + g_2 e(v)
+(6)  an edge u -> v takes one position: x_t = g_1 e(u) + g_2 e(v), at first on separate channels
 (7)  a CoT prefers t to t' in (1 + 1/b) / 2 of the cases: it guesses a branch; if lost, a star
 (8)  p_m(v) = softmax(W z_m)[v]: the logit lens, a thought read as if it were a word
 (9)  FLOPs of an answer = (24 P C^2 + 4 P^2 C) + sum over later t of (24 C^2 + 4 t C) + head
@@ -26,18 +26,18 @@ What it shows. Two equal stars, each a root with b branches of D nodes; names an
 random. To which of two ends does the root r lead, t or its twin t' in the other star? Who ignores r
 tosses a coin; at the fork nothing tells which branch is right. One layer follows one edge. Without
 thoughts <eot> attends to single inputs and follows none (no proof: its MLP sees a bag of edges).
-  C1 coconut                       needed >= 0.9, not measured yet
-  C1 better of pause and no_cot    needed <= 0.6, not measured yet
-  C1 coconut - pause               needed >= 0.25, not measured yet
-  C2 cot, distance from (7)        needed <= 0.04, not measured yet
-  C2 cot, largest loss over floor  needed <= 0.05, not measured yet
-  C2 coconut - cot                 needed >= 0.15, not measured yet
-  C3 z_1, mass on r's children     needed >= 0.8, not measured yet
-  C3 z_1, largest share            needed <= 0.75, not measured yet
-  C3 z_1, AUC of r's children      needed >= 0.95, not measured yet
-  C3 z_2 .. z_D, least frontier    needed >= 0.6, not measured yet
-  C3 all z, largest twin mass      needed <= 0.1, not measured yet
-  C4 z of another, zeros or noise  needed <= 0.6, not measured yet
+  C1 coconut                       0.998 +- 0.003  needed >= 0.9, holds on 3 of 3
+  C1 better of pause and no_cot    0.499 +- 0.002  needed <= 0.6, holds on 3 of 3
+  C1 coconut - pause               0.501 +- 0.003  needed >= 0.25, holds on 3 of 3
+  C2 cot, distance from (7)        0.010 +- 0.003  needed <= 0.04, holds on 3 of 3
+  C2 cot, largest loss over floor  0.027 +- 0.009  needed <= 0.05, holds on 3 of 3
+  C2 coconut - cot                 0.245 +- 0.015  needed >= 0.15, holds on 3 of 3
+  C3 z_1, mass on r's children     0.988 +- 0.005  needed >= 0.8, holds on 3 of 3
+  C3 z_1, largest share            0.585 +- 0.016  needed <= 0.75, holds on 3 of 3
+  C3 z_1, AUC of r's children      1.000 +- 0.000  needed >= 0.95, holds on 3 of 3
+  C3 z_2 .. z_D, least frontier    0.973 +- 0.023  needed >= 0.6, holds on 3 of 3
+  C3 all z, largest twin mass      0.004 +- 0.003  needed <= 0.1, holds on 3 of 3
+  C4 z of another, zeros or noise  0.506 +- 0.004  needed <= 0.6, holds on 3 of 3
 Accuracy is 2-way, t against t': a lost CoT names an end of its own star. Frontier: m hops from r;
 twin: from the other root. C5 needs --full. Twelve pretrained layers do ProsQA as well with pauses.
 
