@@ -15,7 +15,7 @@ PANELS = {
     "mod": ("mod: beats dense, ties shallow", "loss (nats), equal training FLOPs",
             {"dense": ("dense", "loss"), "random": ("random", "loss"),
              "shallow": ("shallow", "loss"), "mod": ("mod", "loss")}, None),
-    "tah": ("tah: 18 % of the names pass twice", "right answers to hard questions (%)",
+    "tah": ("tah: a second pass for few", "right answers to hard questions (%)",
             {"one pass": ("standard", "hard"), "all twice": ("always", "hard"),
              "all twice, duo": ("always_duo", "hard"), "tah": ("tah", "hard")}, (100 / 7, "a guess")),
     "looped": ("looped: depth without parameters", "right after 4 hops and more",
