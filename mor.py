@@ -733,7 +733,7 @@ def plot(cfg, run, results):
         grid = torch.tensor(m["passes"])[:48] > r[:, None]              # (R, n)
         depth.imshow(0.2 + 0.8 * grid.numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1.1)
         depth.set_xticks(range(grid.size(1)), [ALPHABET[i] for i in m["sample"][:48]])
-        depth.set(xlabel="letters: operands, digits: filler", ylabel="pass", yticks=r, yticklabels=(r + 1).tolist(),
+        depth.set(xlabel="letters are operands", ylabel="pass", yticks=r, yticklabels=(r + 1).tolist(),
                   title=f"Dark: takes the pass; {m['needed']:.0%} of the last are operands")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=12)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=80))
