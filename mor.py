@@ -7,8 +7,7 @@ before, and attention sees only them, so that FLOPs and cache shrink along with 
 
 (1)  layer l is block u(l): cycle l mod b | sequence l div R; middle_*: with own first and last
 (2)  z_t = w_r . h_t / sqrt(C)                      score of token t in front of pass r
-(3)  A_r = the k_r of A_{r-1} with the largest z, in order;  k_r = T (R-r+1) / R
-     at first A_r = all; then for a while z plus noise of the size 1 + std z
+(3)  A_r = the k_r of A_{r-1} with largest z, in order; k_r = T (R-r+1) / R; early: all; z + noise
 (4)  y = Block(h[A_r]), at the tokens' positions; kv="share": keys and values of pass 1, of all
 (5)  h_t <- h_t + g (y_t - h_t) for t in A_r;  paper: h_t + 0.1 g y_t;  g = sigmoid(z_t)
 (6)  CE + 0.05 sum_r mean over A_{r-1} of BCE(z_t, t in A_r) + lambda_z sum_r mean of z_t^2
@@ -733,7 +732,8 @@ def plot(cfg, run, results):
         grid = torch.tensor(m["passes"])[:48] > r[:, None]              # (R, n)
         depth.imshow(0.2 + 0.8 * grid.numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1.1)
         depth.set_xticks(range(grid.size(1)), [ALPHABET[i] for i in m["sample"][:48]])
-        depth.set(xlabel="letters are operands", ylabel="pass", yticks=r, yticklabels=(r + 1).tolist(),
+        depth.set(xlabel="letters are operands", ylabel="pass", yticks=r,
+                  yticklabels=(r + 1).tolist(),
                   title=f"Dark: takes the pass; {m['needed']:.0%} of the last are operands")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=12)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=80))
