@@ -487,7 +487,7 @@ def train(arm, model, cfg, run):
         opt.load_state_dict(state["opt"])
         step, history = state["step"], state["history"]
     if run.compile:
-        model.compile(fullgraph=True, dynamic=False)
+        model.compile(fullgraph=True, dynamic=False, recompile_limit=64, isolate_recompiles=True)
     net = DistributedDataParallel(model) if run.world > 1 else model
     bar = tqdm(desc=arm, total=cfg.steps, initial=step, unit="step",
                disable=run.rank > 0 or step == cfg.steps)

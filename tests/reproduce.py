@@ -28,12 +28,15 @@ CELLS = re.compile(r"(<!-- (\w+): (.+?) -->).*?(<!-- end -->)")       # of one s
 
 
 def fingerprint(path):
-    """SHA-256 of a script's syntax tree without docstrings (and without comments)."""
+    """SHA-256 of a script's syntax tree without docstrings, comments and what only a compiled run
+    executes: the evidence is of runs on a CPU, which are not compiled."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         owner = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if owner and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "run.compile":
+            node.body = []
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
