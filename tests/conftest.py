@@ -5,6 +5,8 @@ is therefore split in two: the tests of every second script, and the rest. Both 
 fails if one of them does.
 """
 
+import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -17,6 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.same_name import SCRIPTS  # noqa: E402
+
+READ = functools.cache(inspect.getsource)
+
+
+def source_of(thing):
+    """inspect.getsource, which takes longer than the rest of parse_args, once for every class."""
+    return READ(thing) if inspect.isclass(thing) else READ.__wrapped__(thing)
+
+
+inspect.getsource = source_of
 
 HALF = "TEST_HALF"      # 0: the process that was started, 1: its helper
 
@@ -40,6 +52,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if logging := config.pluginmanager.get_plugin("logging-plugin"):
+        config.pluginmanager.unregister(logging)    # it makes torch describe all that it compiles
     if config.helper or HALF in os.environ:
         half = int(os.environ.get(HALF, 0))
         items[:] = [item for item in items if belongs_to(item) == half]

@@ -3,20 +3,27 @@
 The processes are forked from a server that has imported these once, and has done nothing else.
 """
 
-import importlib
 import multiprocessing
 import os
+import runpy
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "matplotlib.figure",
-                               "matplotlib.backends.backend_agg", "numpy", "tqdm"])
+                               "matplotlib.backends.backend_agg", "numpy", "tqdm", "pytest"])
 
 
 def run_script(name, cwd, flags, variables):
-    """What such a process does: `python NAME.py --out out ...` in the folder `cwd`."""
+    """What such a process does: `python NAME.py --out out ...` in the folder `cwd`.
+
+    Of its picture only the file is made, as in tests.quick.
+    """
     import torch    # not where this module is imported, but in the server
+
+    from tests.quick import unpainted
 
     os.environ.update(variables)
     os.chdir(cwd)
@@ -25,8 +32,10 @@ def run_script(name, cwd, flags, variables):
         os.dup2(file, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     torch.set_num_threads(1)
-    importlib.import_module(name).main(["--out", "out", *flags])
-    sys.stdout.flush()
+    path = str(ROOT / f"{name}.py")
+    sys.argv = [path, "--out", "out", *flags]
+    with unpainted():
+        runpy.run_path(path, run_name="__main__")
 
 
 def start(name, cwd, *flags, **variables):
