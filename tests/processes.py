@@ -3,8 +3,13 @@
 The processes are forked from a server that has imported these once, and has done nothing else.
 """
 
+import contextlib
+import importlib
+import io
+import json
 import multiprocessing
 import os
+import random
 import runpy
 import sys
 from pathlib import Path
@@ -55,3 +60,37 @@ def finish(processes, cwds):
             process.kill()
     return [tuple(Path(f"{cwd}.{stream}").read_text() for stream in ("stdout", "stderr"))
             for cwd in cwds]
+
+
+def note_effects(root, names, folder, found):
+    """What a process does that imports scripts: {script: what that changed} as a JSON file."""
+    import matplotlib.figure    # noqa: F401  what scripts may import is there before they are
+    import numpy
+    import torch
+    import tqdm     # noqa: F401
+
+    def state():
+        return {
+            "random numbers": (random.getstate(), torch.get_rng_state().tolist(),
+                               numpy.random.get_state()[1].tolist()),
+            "default dtype": torch.get_default_dtype(),
+            "threads": torch.get_num_threads(),
+            "grad mode": torch.is_grad_enabled(),
+            "matmul precision": torch.get_float32_matmul_precision(),
+            "denormals": torch.full((), 1e-40, dtype=torch.float32).mul(1).item(),
+            "pyplot": "matplotlib.pyplot" in sys.modules,
+            "environment": dict(os.environ),
+            "files": os.listdir(),
+        }
+
+    os.chdir(folder)
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, root)
+    effects = {}
+    for name in names:
+        before, text = state(), io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            importlib.import_module(name)
+        after = state() | {"output": text.getvalue()}
+        effects[name + ".py"] = [what for what in after if after[what] != before.get(what, "")]
+    Path(found).write_text(json.dumps(effects))

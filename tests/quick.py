@@ -94,11 +94,16 @@ def once(job, *_, seen=weakref.WeakKeyDictionary(), **__):
     return seen[job]
 
 
+def save(figure, file, paint=Figure.savefig, **how):
+    """Paints only the frames of an animation, which have a format."""
+    return paint(figure, file, **how) if "format" in how else file.write(b"a picture")
+
+
 @contextlib.contextmanager
 def unpainted():
     """Within it, a figure is made up but no picture of it, and a timed job runs once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(b"a picture"))
+        patch.setattr(Figure, "savefig", save)
         patch.setattr(timeit, "timeit", once)
         patch.setattr(timeit, "repeat", lambda *args, **keywords: [once(*args, **keywords)])
         yield

@@ -47,10 +47,12 @@ def smoke_run(script, out, *flags):
 
 def quick_run(script, out, *flags, known=True):
     """A smoke run without its picture. What is known of its weights it need not measure again."""
-    with unpainted(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "plot", lambda cfg, run, results: None)
-        with known_measurements(script) if known else contextlib.nullcontext():
-            return smoke_run(script, out, *flags)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(script, "plot", lambda *_: None)
+        if known:
+            stack.enter_context(known_measurements(script))
+            stack.enter_context(unpainted())
+        return smoke_run(script, out, *flags)
 
 
 def configs_of(script, out, *flags):
@@ -175,13 +177,13 @@ def script(request):
 def smoke(script, tmp_path_factory):
     """One smoke run in another working directory: what it returns, prints, writes, trains on."""
     folder, stdout, stderr = tmp_path_factory.mktemp("smoke"), io.StringIO(), io.StringIO()
-    state, begin = global_state(), time.perf_counter()
+    state, begin = global_state(), time.process_time()     # where other work runs, hours may pass
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         with recorded(script) as calls, pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             with known_measurements(script):    # each is made here for the first time
                 results = script.main(["--smoke"])
-    seconds, arms = time.perf_counter() - begin, list(results["arms"])
+    seconds, arms = time.process_time() - begin, list(results["arms"])
     changed = [name for name, value in global_state().items() if value != state[name]]
     return SimpleNamespace(results=results, seconds=seconds, calls=list(calls), changed=changed,
                            arms=arms, arm=script.NAME if script.NAME in arms else arms[-1],

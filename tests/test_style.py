@@ -10,7 +10,6 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 import tokenize
 import types
@@ -18,6 +17,7 @@ import types
 import pytest
 
 from tests import same_name
+from tests.processes import SERVER, note_effects
 from tests.quick import unpainted
 from tests.same_name import EXEMPT, ROOT
 
@@ -335,43 +335,16 @@ def contradicted_shape_notes(script, out, monkeypatch):
 # ---- Importing has no effects
 
 
-PROBE = """
-import contextlib, importlib, io, json, os, random, sys
-import matplotlib.figure, numpy, torch, tqdm
-
-def state():
-    return {
-        "random numbers": (random.getstate(), torch.get_rng_state().tolist(),
-                           numpy.random.get_state()[1].tolist()),
-        "default dtype": torch.get_default_dtype(),
-        "threads": torch.get_num_threads(),
-        "grad mode": torch.is_grad_enabled(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "denormals": torch.full((), 1e-40, dtype=torch.float32).mul(1).item(),
-        "pyplot": "matplotlib.pyplot" in sys.modules,
-        "environment": dict(os.environ),
-        "files": os.listdir(),
-    }
-
-sys.path.insert(0, sys.argv[1])
-effects = {}
-for name in sys.argv[2:]:
-    before, text = state(), io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        importlib.import_module(name)
-    after = state() | {"output": text.getvalue()}
-    effects[name + ".py"] = [what for what in after if after[what] != before.get(what, "")]
-print(json.dumps(effects))
-"""
-
-
 def effects_of_imports(scripts, folder):
     """{script: what its import changed}; all are imported by one process, in an empty folder."""
     folder.mkdir()
-    command = [sys.executable, "-B", "-c", PROBE, scripts[0].path.parent]
-    command += [script.path.stem for script in scripts]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
+    names, found = [script.path.stem for script in scripts], folder.with_suffix(".json")
+    process = SERVER.Process(target=note_effects,
+                             args=(str(scripts[0].path.parent), names, str(folder), str(found)))
+    process.start()
+    process.join(timeout=120)
+    process.kill()
+    return json.loads(found.read_text())
 
 
 # ---- The tests
