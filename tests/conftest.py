@@ -1,8 +1,8 @@
 """Lets `pytest` find the scripts, however it is called, and lets two processes share a whole run.
 
 Every script brings some eighty tests that need one thread. A run of everything on two cores or more
-is therefore split in two: the tests of every second script, and the rest. Both print, and the run
-fails if one of them does.
+is therefore split in two: the tests of some scripts, and those of the others, which take as long.
+Both print, and the run fails if one of them does.
 """
 
 import functools
@@ -31,6 +31,7 @@ def source_of(thing):
 inspect.getsource = source_of
 
 HALF = "TEST_HALF"      # 0: the process that was started, 1: its helper
+HELPED = "mod mor tah adainfer looped softmask".split()     # about half of all the seconds
 
 
 def belongs_to(item):
@@ -38,7 +39,7 @@ def belongs_to(item):
     words = item.nodeid.replace(".py", "").replace("[", "-").replace("]", "-")
     parts = [part for word in words.split("/") for part in word.split("-")]
     names = [part.split("::")[0].removeprefix("test_") for part in parts]
-    return next((SCRIPTS.index(name) % 2 for name in names if name in SCRIPTS), 0)
+    return next((int(name in HELPED) for name in names if name in SCRIPTS), 0)
 
 
 def pytest_configure(config):
