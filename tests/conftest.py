@@ -1,10 +1,12 @@
 """Lets `pytest` find the scripts, however it is called, and lets two processes share a whole run.
 
 Every script brings some eighty tests that need one thread. A run of everything on two cores or more
-is therefore split in two: the tests of every second script, and the rest. Both print, and the run
-fails if one of them does.
+is therefore split in two: the tests of some scripts, and those of the others, which take as long.
+Both print, and the run fails if one of them does.
 """
 
+import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -18,7 +20,18 @@ sys.path.insert(0, str(ROOT))
 
 from tests.same_name import SCRIPTS  # noqa: E402
 
+READ = functools.cache(inspect.getsource)
+
+
+def source_of(thing):
+    """inspect.getsource, which takes longer than the rest of parse_args, once for every class."""
+    return READ(thing) if inspect.isclass(thing) else READ.__wrapped__(thing)
+
+
+inspect.getsource = source_of
+
 HALF = "TEST_HALF"      # 0: the process that was started, 1: its helper
+HELPED = "mod mor tah adainfer looped softmask".split()     # about half of all the seconds
 
 
 def belongs_to(item):
@@ -26,7 +39,7 @@ def belongs_to(item):
     words = item.nodeid.replace(".py", "").replace("[", "-").replace("]", "-")
     parts = [part for word in words.split("/") for part in word.split("-")]
     names = [part.split("::")[0].removeprefix("test_") for part in parts]
-    return next((SCRIPTS.index(name) % 2 for name in names if name in SCRIPTS), 0)
+    return next((int(name in HELPED) for name in names if name in SCRIPTS), 0)
 
 
 def pytest_configure(config):
@@ -40,6 +53,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if logging := config.pluginmanager.get_plugin("logging-plugin"):
+        config.pluginmanager.unregister(logging)    # it makes torch describe all that it compiles
     if config.helper or HALF in os.environ:
         half = int(os.environ.get(HALF, 0))
         items[:] = [item for item in items if belongs_to(item) == half]

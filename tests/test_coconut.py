@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import coconut
+from tests.quick import unpainted
 
 SMALL = dict(n_head=2, n_embd=16, n_hop=3, batch_size=8, device="cpu")
 same = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10, check_dtype=False)
@@ -625,9 +626,12 @@ def test_latency_counts_passes_and_writes_more_words_only_without_thoughts(tmp_p
 # ---- Arms, claims, bad input
 
 
-def test_arms_with_stages_and_cot_are_one_model_until_the_first_step_goes(tmp_path):
+def test_arms_with_stages_and_cot_are_one_model_until_the_first_step_goes(tmp_path, monkeypatch):
     flags = ["--smoke", "--steps", "12", "--start", "0.5", "--eval_every", "3", "--full"]
-    arms = coconut.main([*flags, "--out", str(tmp_path)])["arms"]
+    for part in "plot", "probe":
+        monkeypatch.setattr(coconut, part, lambda model, cfg, run: {})
+    with unpainted():
+        arms = coconut.main([*flags, "--out", str(tmp_path)])["arms"]
     losses = {arm: [row["loss"] for row in m["history"]] for arm, m in arms.items()}
     assert len({len(loss) for loss in losses.values()}) == 1
     for arm in ("pause", "no_thought", "cot"):

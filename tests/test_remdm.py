@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 import remdm
+from tests.quick import unpainted
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=16, seq_len=16, device="cpu")
 CPU = torch.device("cpu")
@@ -758,14 +759,15 @@ def test_claims_by_hand():
     assert measured == pytest.approx([5, 0.0125, 14 / 16, 0.5, 1, 0.8, 0.5, 4])
 
 
-@pytest.mark.parametrize("excess, void", [(0.0099, False), (0.0101, True)])
-def test_an_undertrained_network_is_called_void(excess, void, tmp_path, monkeypatch, capsys):
-    results = remdm.main(["--smoke", "--out", str(tmp_path)])
-    results["arms"]["mdlm"]["excess"] = excess
+def test_an_undertrained_network_is_called_void(tmp_path, monkeypatch, capsys):
+    with unpainted():
+        results = remdm.main(["--smoke", "--out", str(tmp_path)])
     monkeypatch.setattr(remdm, "experiment", lambda cfg, run: results["arms"])
-    capsys.readouterr()
-    remdm.main(["--smoke", "--out", str(tmp_path)])
-    assert ("void: the network is undertrained" in capsys.readouterr().out) == void
+    for results["arms"]["mdlm"]["excess"], void in (0.0099, False), (0.0101, True):
+        capsys.readouterr()
+        with unpainted():
+            remdm.main(["--smoke", "--out", str(tmp_path)])
+        assert ("void: the network is undertrained" in capsys.readouterr().out) == void
 
 
 def test_the_lab_trains_nothing_and_samples_brackets(tmp_path, monkeypatch, capsys):

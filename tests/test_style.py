@@ -10,7 +10,6 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 import tokenize
 import types
@@ -18,6 +17,8 @@ import types
 import pytest
 
 from tests import same_name
+from tests.processes import SERVER, note_effects
+from tests.quick import unpainted
 from tests.same_name import EXEMPT, ROOT
 
 SECTIONS = "Config Task Kit Method Objective Training Evaluation Experiment main".split()
@@ -241,10 +242,14 @@ class ShapeCheck:
     - An axis such as T + 1 gives the letter that is not known yet; with two unknown, it is skipped.
     - Of several targets, those that are no tensors or have another number of axes are skipped, but
       one must fit. A note counts as executed when it was compared with a tensor.
+    - What was found right is not compared again with the same sizes.
     """
 
     def __init__(self, script):
         self.notes, self.configs, self.executed, self.wrong = shape_notes(script), [], set(), {}
+        self.letters = {line: re.findall(r"[A-Za-z_]\w*", " ".join(axes))
+                        for line, (_, axes) in self.notes.items()}
+        self.right = {}     # all that a comparison depends on -> what it teaches
 
     def turn(self, first, letters):
         """A loop that starts in line `first` starts again. letters: {letter: (size, line)}."""
@@ -255,12 +260,19 @@ class ShapeCheck:
         """Compares the note of the assignment in `line`, which was executed just now."""
         (names, axes), shapes, problem = self.notes[line], {}, None
         for name in names:
-            value = eval(compiled(name), {}, variables)
+            value = variables[name] if name in variables else eval(compiled(name), {}, variables)
             if hasattr(value, "shape"):
                 shapes[name] = tuple(value.shape)
         if not shapes:
             return
         self.executed.add(line)
+        integers = [(name, variables[name]) for name in self.letters[line]
+                    if type(variables.get(name)) is int]
+        known = [(letter, letters.get(letter)) for letter in self.letters[line]]
+        case = line, *shapes.items(), len(self.configs), *integers, *known
+        if case in self.right:
+            letters.update(self.right[case])
+            return
         own, learnt = [axis for axis in axes if axis != "..."], dict(letters)
         more = "..." in axes
         fit = [s for s in shapes.values() if len(s) == len(own) or more and len(s) > len(own)]
@@ -271,6 +283,7 @@ class ShapeCheck:
             self.wrong.setdefault(line, f"line {line}: ({', '.join(axes)}) is {shapes}: {problem}")
         else:
             letters.update(learnt)
+            self.right[case] = {name: learnt[name] for name, _ in known if name in learnt}
 
     def disagreement(self, axis, size, line, letters, variables):
         """Why this axis cannot have this size, or None. Learns its letter if that is new."""
@@ -310,7 +323,8 @@ def contradicted_shape_notes(script, out, monkeypatch):
     exec(compile(tree, script.path, "exec"), vars(module))
     validate = module.Config.__post_init__
     module.Config.__post_init__ = lambda cfg: check.configs.append(cfg) or validate(cfg)
-    module.main(["--smoke", "--out", str(out)])
+    with unpainted():
+        module.main(["--smoke", "--out", str(out)])
     missed = sorted(check.notes.keys() - check.executed)
     found = [check.wrong[line] for line in sorted(check.wrong)]
     if not check.notes or len(missed) > 0.2 * len(check.notes):
@@ -321,43 +335,16 @@ def contradicted_shape_notes(script, out, monkeypatch):
 # ---- Importing has no effects
 
 
-PROBE = """
-import contextlib, importlib, io, json, os, random, sys
-import matplotlib.figure, numpy, torch, tqdm
-
-def state():
-    return {
-        "random numbers": (random.getstate(), torch.get_rng_state().tolist(),
-                           numpy.random.get_state()[1].tolist()),
-        "default dtype": torch.get_default_dtype(),
-        "threads": torch.get_num_threads(),
-        "grad mode": torch.is_grad_enabled(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "denormals": torch.full((), 1e-40, dtype=torch.float32).mul(1).item(),
-        "pyplot": "matplotlib.pyplot" in sys.modules,
-        "environment": dict(os.environ),
-        "files": os.listdir(),
-    }
-
-sys.path.insert(0, sys.argv[1])
-effects = {}
-for name in sys.argv[2:]:
-    before, text = state(), io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        importlib.import_module(name)
-    after = state() | {"output": text.getvalue()}
-    effects[name + ".py"] = [what for what in after if after[what] != before.get(what, "")]
-print(json.dumps(effects))
-"""
-
-
 def effects_of_imports(scripts, folder):
     """{script: what its import changed}; all are imported by one process, in an empty folder."""
     folder.mkdir()
-    command = [sys.executable, "-B", "-c", PROBE, scripts[0].path.parent]
-    command += [script.path.stem for script in scripts]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
+    names, found = [script.path.stem for script in scripts], folder.with_suffix(".json")
+    process = SERVER.Process(target=note_effects,
+                             args=(str(scripts[0].path.parent), names, str(folder), str(found)))
+    process.start()
+    process.join(timeout=120)
+    process.kill()
+    return json.loads(found.read_text())
 
 
 # ---- The tests
