@@ -612,7 +612,7 @@ def compare(model, cfg, run):
     rows["one block cut"] = measure(full - 1, cut, dense, cfg)
     lead = {f"over {name}": rows[cfg.rule]["accuracy"] - row["accuracy"]
             for name, row in rows.items()}
-    ms = clock(model, test["idx"][:512].to(run.device), rule, tau)
+    ms = clock(model, test["idx"][:1024].to(run.device), rule, tau)
     return {**rows[cfg.rule], **lead, **ms, "rows": rows,
             "curves": {w: sweep(scores[w], test["right"])[1:].tolist() for w in ("svm", "gap")},
             "gaps": [test["z"][:, task == t, 0].mean(1).tolist() for t in range(len(TASKS))]}

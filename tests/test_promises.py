@@ -677,12 +677,12 @@ def test_run_with_compile_on_gives_the_numbers_of_the_eager_run(
         script, smoke, tmp_path, monkeypatch):
     """One arm is compiled; the others only ask for it.
 
-    Dynamo refuses more than eight versions of a function, counted since the last reset. So that no
-    arm uses up what the next one needs, there is a reset between two that are compiled.
+    Unless told otherwise, Dynamo counts the compiled variants of a function over all models and
+    refuses the ninth: arms, lengths and loop counts together come to more.
     """
     torch._dynamo.reset()
-    graphs, mixed, since, now = [], [], [], []
-    train, compiling, reset = script.train, torch.compile, torch._dynamo.reset
+    graphs, asked, now = [], [], []
+    train, compiling = script.train, torch.compile
 
     def training(arm, model, cfg, run):
         now[:] = [arm]
@@ -694,23 +694,16 @@ def test_run_with_compile_on_gives_the_numbers_of_the_eager_run(
         return graph.forward
 
     def one_arm_compiling(function, **how):
-        mixed.extend((arm, *now) for arm in since if arm not in now)
-        since[:] = now
+        asked.append((*now, how["isolate_recompiles"], how["recompile_limit"] >= 64))
         return compiling(function, backend=counting, **how) if now == [smoke.arm] else function
-
-    def noted_reset():
-        since.clear()
-        reset()
 
     monkeypatch.setattr(script, "train", training)
     monkeypatch.setattr(torch, "compile", one_arm_compiling)
-    monkeypatch.setattr(torch._dynamo, "reset", noted_reset)
     quick_run(script, tmp_path, "--compile", "on")
-    assert graphs
+    assert graphs and set(asked) == {(arm, True, True) for arm in smoke.arms}
     for row, exact in zip(read_log(tmp_path), read_log(smoke.out), strict=True):
         for column in ("loss", "val_loss"):
             assert float(row[column]) == pytest.approx(float(exact[column]), abs=1e-5), row
-    assert not mixed, "arms without torch.compiler.reset() between them"
 
 
 def test_every_arm_runs_on_the_meta_device_and_trains_every_parameter(
