@@ -356,7 +356,7 @@ def gradients(model, loss):
 
 def some_batch(cfg, **changes):
     """A batch from the middle of the noise."""
-    return mor.make_batch(cfg, "train", round(0.2 * cfg.steps)) | changes
+    return mor.make_batch(cfg, "train", round(0.5 * cfg.steps)) | changes
 
 
 def test_auxiliary_router_learns_alone():
@@ -568,7 +568,7 @@ def compose(g, h):
     return tuple(g[i] for i in h)
 
 
-@pytest.mark.parametrize("T, n_fold", [(60, 5), (24, 2), (64, 8), (6, 1)])
+@pytest.mark.parametrize("T, n_fold", [(54, 3), (24, 2), (64, 8), (6, 1)])
 def test_rows_parse_and_their_products_are_right(T, n_fold):
     cfg = mor.Config(**SMALL | dict(seq_len=T, n_fold=n_fold, batch_size=400))
     batch = mor.make_batch(cfg, "train", 3)
@@ -588,9 +588,8 @@ def test_rows_parse_and_their_products_are_right(T, n_fold):
                     counts[j] = counts.get(j, 0) + 1
             assert level[t] == j
         assert folds == n_fold
-    assert set(counts) == {1, 2, 3, 4, 5}
-    if n_fold % mor.MOST == 0:
-        assert len(set(counts.values())) == 1
+    assert counts == {mor.MOST: 400 * n_fold}
+    if len(steps) > 9000:
         assert abs(steps.count(1) / len(steps) - (0.99 + 0.01 / 9)) < 0.004
 
 
