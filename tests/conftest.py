@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread each: a thread that waits for one without a core spins, and two halves take five times
+# as long. Read when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
