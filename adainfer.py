@@ -11,17 +11,18 @@ norm and head, and a linear classifier decides from a few numbers whether to sto
 (2)  top_l = the largest entry of P_l,  gap_l = top_l minus the second largest
 (3)  cos_l = cos(h_l, h_l-1)
 (4)  y_l = 1 if argmax P_l = argmax P_L (agree; saturated: from l on) or the answer (gold), else 0
-(5)  svm: min over w, b of 0.001/2 |w|^2 + mean of s max(0, 1 - t (w . z_l + b))^2,  t = 2 y_l - 1
+(5)  svm: min over w, b of 0.001/2 |w|^2 + mean of c max(0, 1 - t (w . z_l + b))^2,  t = 2 y_l - 1
 (6)  stop after the first l with w . z_l + b > tau, else after L
 (7)  crf: p(y | z) = exp s(y) / sum_y' exp s(y'),  s(y) = sum_l y_l (w . z_l + b) + A[y_l-1, y_l]
 (8)  in place of w . z_l + b: log p(y_l = 1 | z_1..l) / p(y_l = 0 | z_1..l), from no later layer
-(9)  tau: the lowest at which validation prompts lose at most `tolerance` points of accuracy
+(9)  tau: the lowest of 401 quantiles at which validation loses at most `tolerance` points
 (10) cost of a prompt: T l + rho looks, in layers at one position;  rho = 2 C V / (24 C^2 + 4 T C)
 
-z features `z` | h `x` | W `head` | s weighs both classes equally | looks: heads computed | V `SIZE`
-L `n_layer` | T `seq_len` | C `n_embd` | B batch, R rows that go on, N prompts, Q questions
+l layer of L `n_layer` | z features `z` | w . z_l + b `u` | h `x`, h_0 normed embedding | W `head`
+c: both classes weigh the same | looks: heads computed | V `SIZE` | T `seq_len` | C `n_embd`
+B batch, R rows that go on, N prompts, K thresholds, Q questions
 
-What it shows (the oracle's row sees the answer; without A0 all is void). Tasks: rule, a word's
+What it shows (the oracle's row sees argmax P_L; without A0 all is void). Tasks: rule, a word's
 partner | mood, a majority | recall, the next in a ring | recall+rule, its partner | sum, mod 10.
   A0 dense, worst task, percent        99.667 +- 0.236  needed >= 80, holds on 3 of 3
   A1 points: svm - dense               -0.449 +- 0.085  needed >= -1.0, holds on 3 of 3
@@ -34,13 +35,12 @@ partner | mood, a majority | recall, the next in a ring | recall+rule, its partn
   A4 saved time / saved FLOPs          0.921 +- 0.251  needed >= 0.8, holds on 2 of 3
   A5 points: svm - smaller model       -0.436 +- 0.025  needed <= 0.0, holds on 3 of 3
 A5 is a limit: `smaller`, with 3/4 of the layers, is trained alike. `gap`, tuned alike, needs no
-classifier. A layer answers rule, but the next ones hide it. Token by token, looks cost more than
-they spare. Open in the paper: kernel, tau, KV of skipped blocks: later tokens make up for it, as in
-LayerSkip (facebookresearch; CALM in google-research/t5x takes the last state). Left out: sublayers.
-
+classifier. Layer 1 answers rule, but the next ones hide it. Token by token, looks cost more than
+they spare. What the paper leaves open (no code found): label, kernel, tau; KV of skipped blocks:
+later tokens make up for it, as in LayerSkip (facebookresearch; CALM in google-research/t5x takes
+the last state). Ours: smoothing, without which few stop; c; the square. Left out: sublayers' cos.
 Exercises: 1. --no-smoothing: how sure are early layers that are wrong? What does stopping save?
 2. --eval_only --tolerance 2: what does a point of accuracy buy? And --rule crf, --features cos?
-
 New here: TASKS, SPLITS, EDGE, NODE, TAG, DIGIT, MOOD, FEEL, WORD, SIZE, FEATURES, LABELS,
 AdaInfer, svm_loss, crf_loss, chain, fit_classifier, first_stop, sweep, decode_early, read_split,
 fit_rules, measure, clock, compare, MARKS
@@ -111,7 +111,7 @@ class Config:
     resume: bool = False            # continue an interrupted run
     eval_only: bool = False         # load the trained weights, redo evaluation and plot
 
-    inference = "rule", "features", "label", "tolerance"
+    inference = "rule", "features", "label", "tolerance"    # a checkpoint may differ in these
 
     def __post_init__(self):
         check_common(self)
@@ -406,7 +406,7 @@ def fit_classifier(loss, z, y, features):
 
     def closure():
         fit.zero_grad()
-        value = loss(score(z), y, A) + 0.0005 * w.square().sum()
+        value = loss(score(z), y, A) + 0.0005 * w.square().sum()    # the |w|^2 of Eq. 5; crf, too
         value.backward()
         return value
 
@@ -414,7 +414,7 @@ def fit_classifier(loss, z, y, features):
     return torch.no_grad()(filtered if loss is crf_loss else score)
 
 def first_stop(stop):
-    """Exit layers (N,) from decisions (L - 1, N): the first positive one, or L."""
+    """Exit layers (N,) that `infer` would find, from decisions (L - 1, N): the first yes, or L."""
     return F.pad(stop, (0, 0, 0, 1), value=True).int().argmax(0) + 1
 
 def sweep(scores, right):
@@ -426,7 +426,7 @@ def sweep(scores, right):
 
 # ---- 5. Objective and decoding -------------------------------------------------------------------
 def loss_fn(model, batch, cfg):
-    """Cross-entropy in nats, averaged over the supervised positions of a prompt: loss, stats."""
+    """Smoothed cross-entropy in nats, averaged over the supervised positions: loss, stats."""
     logits, targets = model(batch["idx"]), batch["targets"]             # (B, T, V), (B, T)
     nll = F.cross_entropy(logits.mT, targets, reduction="none", label_smoothing=0.1 * cfg.smoothing)
     loss = (nll.sum(1) / (targets >= 0).sum(1)).mean()
@@ -568,7 +568,7 @@ def fit_rules(fit, val, cfg):
     return rules | plain
 
 def measure(exits, data, dense, cfg, checked=False):
-    """Exit layers (N,) in numbers; dense (N,) are the answers of the whole model."""
+    """Exit layers (N,) in numbers; dense (N,): the whole model's answers; Llama-2-7B: rho 0.648."""
     T, C, at, depth = cfg.seq_len, cfg.n_embd, exits[None] - 1, exits.double()      # (1, N), (N,)
     right, agree = (100 * hit.gather(0, at)[0].double()
                     for hit in (data["right"], data["guess"] == dense))     # (N,)
@@ -599,7 +599,7 @@ def compare(model, cfg, run):
     scores = {name: rule(test["z"][:-1]) for name, (rule, _) in rules.items()}
     stops = {name: first_stop(scores[name] > tau) for name, (_, tau) in rules.items()}
     exits, full, n = stops[cfg.rule], torch.full_like(task, L), len(task)       # (N,)
-    as_deep = exits.double().mean() + torch.rand(n, generator=rng)      # (N,) cut to two layers
+    as_deep = exits.double().mean() + torch.rand(n, generator=rng)      # (N,) floored: mean stays
     right = [100 * val["right"][:, val["task"] == t].double().mean(1) for t in range(len(TASKS))]
     enough = [r >= r[-1] - cfg.tolerance for r in right]                # (L,) of every task
     ways = {"oracle, sees the answer": first_stop(test["guess"][:-1] == dense), "dense": full,
@@ -686,7 +686,7 @@ def experiment(cfg, run):
     return results
 
 COLUMNS = "seconds accuracy layers flops ms_dense ms_stop ms_decode_dense ms_decode_stop".split()
-CLAIMS = [  # name, measured from the arms, relation, needed
+CLAIMS = [  # name, measured from the arms, relation, needed; svm: what --rule names
     ("A0 dense, worst task, percent", lambda a: a["adainfer"]["rows"]["dense"]["worst"], ">=", 80),
     ("A1 points: svm - dense", lambda a: a["adainfer"]["over dense"], ">=", -1.0),
     ("A1 layers saved, percent", lambda a: a["adainfer"]["saved"], ">=", 15),

@@ -11,16 +11,16 @@ thought, and the words that are left train the thoughts, through which their gra
 (1)  h_t = F(x_1 .. x_t), the final norm included;  logits_t = W h_t;  x_t = e(w_t) for a word w_t
 (2)  x_t = h_{t-1}: a thought z. No word, no projection, no detach
 (3)  stage k:  edges <q> t t' <bot> r  z_1 .. z_k  s_{k+1} .. s_D  <eot> a
-(4)  L = mean of -log softmax(W h_{t-1})[w_t] over the words of s_{k+1} .. s_D and the answer a
+(4)  L = mean of -log softmax(W h_{t-1})[w_t] over a sequence's words s_{k+1} .. s_D and answer a
 (5)  k = 0 for a share `start` of the training, then 1 .. D for equal times; `mix`, `extra`: others
 (6)  an edge u -> v takes one position: x_t = g_1 e(u) + g_2 e(v), at first on separate channels
 (7)  a CoT prefers t to t' in (1 + 1/b) / 2 of the cases: it guesses a branch; if lost, a star
 (8)  p_m(v) = softmax(W z_m)[v]: the logit lens, a thought read as if it were a word
-(9)  FLOPs of an answer = (24 P C^2 + 4 P^2 C) + sum over later t of (24 C^2 + 4 t C) + head
+(9)  FLOPs of an answer = layers * (24 P C^2 + 4 P^2 C + sum over t > P of (24 C^2 + 4 t C)) + head
 
-h `h` | z `thoughts` | F `Coconut.states` | e, W `embed`, one matrix | g `ends` | s_m `words` | D
-`n_hop` | b `n_branch` | k `stage` | S positions between r and <eot> in words | P prompt, E edges,
-n nodes | C `n_embd`, V vocabulary, B batch, N test items, nh heads, hs head size, T positions
+h `h` | z `thoughts` | F `states` | W `embed` | e its rows, normed: `Coconut.words` | g `self.ends`
+s_m `words` | D `n_hop` | b `n_branch` | k `stage` | S words at k = 0 | P prompt, E edges, n nodes
+or new positions | C `n_embd`, V words, B batch, N items, nh heads, hs head size, T positions
 
 What it shows. Two equal stars, each a root with b branches of D nodes; names and edge order are
 random. To which of two ends does the root r lead, t or its twin t' in the other star? Who ignores r
@@ -41,8 +41,8 @@ thoughts <eot> attends to single inputs and follows none (no proof: its MLP sees
 Accuracy is 2-way, t against t': a lost CoT names an end of its own star. Frontier: m hops from r;
 twin: from the other root. C5 needs --full. Twelve pretrained layers do ProsQA as well with pauses.
 
-What the paper leaves open. A thought is taken behind the final norm (facebookresearch/coconut,
-coconut.py, forward). The stage belongs to a sequence: one graph serves all. r ends the prompt,
+What the paper leaves open. Words are normed, too: else a thought is far longer (facebookresearch/
+coconut#29, on GPT-2). The stage belongs to a sequence: one graph serves all. r ends the prompt,
 <eot> only announces the answer, the optimiser survives a new stage: Ber666/reasoning-by-
 superposition, where node numbers betray the root. Left out: ProsQA, trees, two tokens per edge.
 
@@ -93,7 +93,7 @@ class Config:
     # method
     n_branch: int = 2               # branches of each of the two stars
     n_hop: int = 4                  # nodes of a branch: hops to its end, and steps of language
-    step_tokens: int = 1            # words in a step: 1 is the next node, 2 an edge as dst src
+    step_tokens: int = 1            # words in a step: 1 is the next node, 2 twice: as dst, then src
     slot: Literal["thought", "pause", "nothing"] = "thought"    # what replaces a removed step
     remove: Literal["stages", "all", "none"] = "stages"     # steps removed: one by one, all at once
     start: float = 0.27             # stages: share of the training before the first step goes
@@ -152,7 +152,7 @@ SMOKE = dict(n_head=2, n_embd=16, n_hop=2, batch_size=8, steps=4, warmup=2, lr=1
 QUESTION, THINK, STOP, PAUSE = range(4)      # <q> <bot> <eot> <pause>; node i is token 4 + i
 
 def make_batch(cfg, split, step):
-    """Questions and what follows r at a stage (k, or earlier): a function of the arguments alone.
+    """Questions, what follows r at stage k (but for `mix`, `extra`): a function of the arguments.
 
     `node` lists r and its star by levels, first the way to t, then the other star. For validation
     four rows share a graph: both roots, t and t' in both orders. Who ignores r is right on two.
@@ -429,7 +429,7 @@ def reply(model, batch, stage, given=None):
     n_slot, n_word = model.cfg.lengths(stage)
     (h, caches), token = model.read(batch), batch["prompt"][:, :1]      # (B, 1)
     thoughts, words = [h[:, :0]], [token[:, :0]]
-    if model.cfg.slot == "pause":
+    if model.cfg.slot == "pause":       # whatever is given: probe swaps nothing here
         given = model.words(torch.full_like(token, PAUSE).expand(-1, n_slot))       # (B, slots, C)
     for i in range(n_slot):
         thoughts.append(h)
@@ -584,7 +584,7 @@ def probe(model, cfg, run):
                 for name, group in groups.items()})
 
 def latency(cfg, run):
-    """Passes, FLOPs, milliseconds of one answer if a step has 1 or 2 words; the weights are new."""
+    """Passes, FLOPs, ms of an answer if a step has 1 or 2 words; pauses could do with 2 passes."""
     cost = {}
     for c in (replace(cfg, step_tokens=1), replace(cfg, step_tokens=2)):
         batch = run.to_device({name: v[:1] for name, v in make_batch(c, "val", 0).items()})

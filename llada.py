@@ -6,14 +6,15 @@ what the masks hide: weighted by 1/t, its loss bounds -log p. To sample, start f
 fill in a few per call. Trained on "A is B" it can be asked for A; its twin, order="left", cannot.
 
 (1)  x_t: each of the L tokens of an answer becomes the mask m with chance t; a prompt never does
-(2)  bound = E_t (1 / (t L)) sum of -log p(x^i | x_t) over the masks; t uniform in (0, 1]
+(2)  bound = E_t (1 / (t L)) sum of -log p(x^i | x_t) over the masks; t uniform, 0.001 to 1
 (3)        = E_l (1 / l) sum of the same; l uniform in 1..L, l random tokens masked
-(4)        = E over orders of (1/L) sum_k -log p(k-th token | those before it): any order, tight
+(4)        = E over orders of (1/L) sum_k -log p(k-th token | before) >= -log p(x) / L, by Jensen
 (5)  y = argmax(logits - temp log(-log u)), a sample of softmax(logits / temp)
 (6)  a step fills in the n masks of largest c = softmax(logits)[y], or in random order c ~ U(0, 1)
 (7)  truth: words are independent and equally likely; the last counts as all words that fit
 (8)  ar, gap at the start: argmax over names A of p(A) p(B | A), though it cannot be asked for A
 (9)  guidance: logits + w (logits - blind logits, for which the prompt is masked, too)
+x `targets` | x_t `idx` `z` | m = V `vocabulary` | c `sure` | w `guidance` | N `n_denoise` | B batch
 
 What it shows. Held-out facts are only stated. Excess: bound / truth - 1; independent words help it.
   C1 ar, asked forward              1.000 +- 0.000  needed >= 0.9, holds on 3 of 3
@@ -34,7 +35,7 @@ What it shows. Held-out facts are only stated. Excess: bound / truth - 1; indepe
   C4 entropy, random minus low      0.359 +- 0.092  needed >= 0, holds on 3 of 3
   C4 words, low minus random        0.423 +- 0.005  needed >= 0, holds on 3 of 3
 
-What the paper leaves open. Its code reads c at the token drawn, as here, which biases the samples.
+Its code reads c at the token drawn, as here: that biases samples. Left out: random lengths, EOS.
 Exercises. --full: few facts taught, what is left? --corpus FILE --show: which letters come first?
 
 New here: BOS, EOS, IS, ASK, NEXT, BACK, SAY, A, B, FACTS, fact_documents, WORDS, log_prob,
@@ -88,12 +89,11 @@ class Config:
     n_taught: int = 150             # facts that are also asked about, both ways
     prompt: int = 8                 # characters that a sampler is given
     n_sample: int = 128             # sequences that a sampler draws
-    n_denoise: int = 24             # denoising steps; also a half, a quarter, an eighth of them
+    n_denoise: int = 24             # denoising steps; also a half, a quarter and less of them
     remasking: Literal["low-confidence", "random"] = "low-confidence"   # which masks stay masks
     temp: float = 0.0               # sampling temperature (0: greedy)
     block: int = 0                  # length of the blocks that are filled left to right (0: one)
     sure: float = 0.0               # reveal all masks this sure in a step (0: fixed numbers)
-    eos: Literal["token", "last"] = "token"     # an end of text is revealed as any token, or last
     guidance: float = 0.0           # weight of classifier-free guidance (0: none)
     show: bool = False              # print every step of a sample, what is new in colour
     # training
@@ -118,7 +118,7 @@ class Config:
     resume: bool = False            # continue an interrupted run
     eval_only: bool = False         # load the trained weights, redo evaluation and plot
 
-    inference = "prompt n_sample n_denoise remasking temp block sure eos guidance show".split()
+    inference = "prompt n_sample n_denoise remasking temp block sure guidance show".split()
 
     def __post_init__(self):
         check_common(self)
@@ -354,9 +354,9 @@ def mask_tokens(x, answer, cfg, law, u, rng):
     if cfg.order == "left":     # no masks: every token is told from those before it
         return x, answer / L
     if law == "rate":
-        t = 1e-3 + (1 - 1e-3) * u                                       # (B, 1)
+        t = 1e-3 + (1 - 1e-3) * u       # (B, 1): not from 0, where 1 / t has no bound
         hide, weight = noise < t, 1 / (t * L)                           # Eq. 1, 2
-    else:       # all of l masks; or the next only, when the tokens are told one by one
+    else:       # l masks: all of them are told at once (Eq. 3), or only the next one is (Eq. 4)
         place, l = noise.argsort(1).argsort(1), 1 + (L * u).long()      # ranks (B, T), l (B, 1)
         hide, weight = place < l, 1 / l if law == "count" else place == l - 1       # Eq. 3, 4
     return torch.where(hide, vocabulary(cfg), x), (hide * weight).float()
@@ -376,8 +376,7 @@ class LLaDA(nn.Module):
         self.register_buffer("sees", sees, persistent=False)
         self.register_buffer("rope", rope_table(T, C // cfg.n_head), persistent=False)
 
-    def parts(self):
-        """Parameters to clip apart from each other: all in one."""
+    def parts(self):    # clipped apart from each other: one part
         return [list(self.parameters())]
 
     def forward(self, idx, cache=None):
@@ -405,7 +404,6 @@ def reveal(x, logits, free, n, cfg):
     sure = logits.softmax(-1).gather(-1, y[..., None])[..., 0]          # (B, T)
     n = (free & (sure >= cfg.sure)).sum(1, keepdim=True).clamp(min=1) if cfg.sure else n
     sure = torch.rand_like(sure) if cfg.remasking == "random" else sure                 # (B, T)
-    sure = torch.where((y == EOS) & (cfg.eos == "last"), sure - 2, sure)        # (B, T)
     best = sure.masked_fill(~free, -math.inf).argsort(dim=1, descending=True, stable=True)  # (B, T)
     shown = free & (best.argsort(1) < n)                                # (B, T)  Eq. 6
     return torch.where(shown, y, x), shown
@@ -414,7 +412,7 @@ def reveal(x, logits, free, n, cfg):
 def loss_fn(model, batch, cfg):
     """Nats per token of the answers, or their bound: loss, stats."""
     nll = F.cross_entropy(model(batch["idx"]).mT, batch["targets"], reduction="none")   # (B, T)
-    loss = (batch["weight"] * nll).sum(1).mean()                        # Eq. 2, 3
+    loss = (batch["weight"] * nll).sum(1).mean()                        # Eq. 2
     return loss, {"loss": loss.detach()}
 
 def diffuse(model, idx, n_new, cfg):
@@ -549,7 +547,7 @@ def evaluate(model, cfg, run):
     rng, found, tok = torch.Generator().manual_seed(0), {}, read_words(cfg.corpus)[0]
     x, answer = documents(replace(cfg, batch_size=cfg.batch_size * cfg.eval_batches), "val", rng)
     u, laws = torch.rand(len(x), generator=rng), dict(order=cfg.seq_len - 1, count=8, rate=8)
-    for law, n in laws.items() if cfg.order == "any" else [("order", 1)]:
+    for law, n in laws.items() if cfg.order == "any" else [("order", 1)]:       # Eq. 2, 3, 4
         found[law] = torch.zeros(len(x), dtype=torch.float64)           # (B,)
         for k in range(n):      # n draws, spread evenly over the numbers of masks
             z, weight = mask_tokens(x, answer, cfg, law, (u + k / n) % 1, rng)      # (B, T)
@@ -578,10 +576,10 @@ def sample_rows(model, cfg, run):
     steps = sorted({1, *(max(1, cfg.n_denoise // part) for part in (1, 2, 4, 8))})
     ways = ["left"] if left else ["low-confidence", "random"]
     for c in (replace(cfg, remasking=way, temp=temp) for way in ways for temp in (0, 1)):
-        name = f"{c.remasking} T={c.temp}"
+        name = f"{c.remasking.split('-')[0]} temp={c.temp}"
         settings |= {f"{name} N={n}": replace(c, n_denoise=n) for n in steps[-1 if left else 0 :]}
         settings[f"free {name}"] = replace(c, n_denoise=cfg.seq_len, prompt=0)
-    settings |= {"blocks": replace(cfg, block=8), "confident": replace(cfg, sure=0.9)}
+    settings |= {} if left else dict(blocks=replace(cfg, block=8), confident=replace(cfg, sure=0.9))
     rows = {"real": dict(nfe=0, seconds=0.0, **score([tok.decode(row[1:]) for row in x], legal))}
     for name, c in (settings | {"sample": cfg}).items():
         idx = x[: cfg.n_sample if c.prompt else None, : 1 + c.prompt].to(run.device)    # (N, P)
@@ -649,7 +647,7 @@ def report(cfg, run, arms, columns, claims, **more):
     return results
 
 def experiment(cfg, run):
-    """Trains LLaDA and its autoregressive twin on texts and on facts. Returns {arm: metrics}."""
+    """Trains LLaDA and its twin on texts and, three times as long, on facts: {arm: metrics}."""
     facts = dict(task="facts", corpus="", seq_len=8, batch_size=2 * cfg.batch_size, lr=cfg.lr / 2)
     arms, results = {"ar": dict(order="left"), "llada": {}}, {}
     arms |= {f"{arm} facts": facts | changes for arm, changes in arms.items()}
@@ -661,15 +659,14 @@ def experiment(cfg, run):
         model = LLaDA(c).to(run.device)
         history = train(arm, model, c, run)
         results[arm] = dict(params=sum(p.numel() for p in model.parameters()), steps=c.steps,
-                            mflops_per_token=model.flops / 1e6, seconds=history[-1]["seconds"],
-                            **evaluate(model, replace(c, eval_batches=8 * c.eval_batches), run),
-                            history=history)
+            mflops_per_token=model.flops / 1e6, seconds=history[-1]["seconds"], history=history,
+            **evaluate(model, replace(c, eval_batches=8 * c.eval_batches), run))
         results[arm] |= sample_rows(model, c, run) if c.task == "text" else {}
     return results
 
 COLUMNS = """params mflops_per_token steps seconds loss truth excess
              forward reverse gap_forward gap_reverse""".split()
-LOW, RANDOM = "low-confidence T=0 N=24 words", "random T=0 N=24 words"
+LOW, RANDOM = "low temp=0 N=24 words", "random temp=0 N=24 words"
 CLAIMS = [  # name, measured from the arms, relation, needed
     ("C1 ar, asked forward", lambda a: a["ar facts"]["forward"], ">=", 0.9),
     ("C1 ar, asked in reverse", lambda a: a["ar facts"]["reverse"], "<=", 0.05),
@@ -687,36 +684,39 @@ CLAIMS = [  # name, measured from the arms, relation, needed
     ("C3 legal words, N=24", lambda a: a["llada"][LOW], ">=", 0.9),
     ("C3 minus random order", lambda a: a["llada"][LOW] - a["llada"][RANDOM], ">=", 0.1),
     ("C3 minus N=1", lambda a: a["llada"][LOW] - a["llada"][LOW.replace("24", "1")], ">=", 0.3),
-    ("C4 1 - entropy of random / real", lambda a: 1 - a["llada"]["free random T=1 entropy"]
+    ("C4 1 - entropy of random / real", lambda a: 1 - a["llada"]["free random temp=1 entropy"]
      / a["llada"]["real entropy"], "<=", 0.1),
-    ("C4 entropy, random minus low", lambda a: a["llada"]["free random T=1 entropy"]
-     - a["llada"]["free low-confidence T=1 entropy"], ">=", 0),
-    ("C4 words, low minus random", lambda a: a["llada"]["free low-confidence T=1 words"]
-     - a["llada"]["free random T=1 words"], ">=", 0),
+    ("C4 entropy, random minus low", lambda a: a["llada"]["free random temp=1 entropy"]
+     - a["llada"]["free low temp=1 entropy"], ">=", 0),
+    ("C4 words, low minus random", lambda a: a["llada"]["free low temp=1 words"]
+     - a["llada"]["free random temp=1 words"], ">=", 0),
 ]
-STYLES = {"ar": "#000000", "llada": "#0072b2", "left T=1": "#000000", "random T=0": "#d55e00",
-          "low-confidence T=0": "#0072b2", "random T=1": "#e69f00", "low-confidence T=1": "#56b4e9"}
+STYLES = {"ar": "#000000", "llada": "#0072b2", "left temp=1": "#000000", "random temp=0": "#d55e00",
+          "low temp=0": "#0072b2", "random temp=1": "#e69f00", "low temp=1": "#56b4e9"}
 
 @matplotlib.rc_context({"font.size": 14, "figure.constrained_layout.use": True})
 def plot(cfg, run, results):
     """Draws NAME.png: facts recalled, and legal words over calls."""
-    figure, arms, kinds = Figure(figsize=(18, 7)), results["arms"], COLUMNS[-4:]
+    figure, arms, kinds, told = Figure(figsize=(18, 7)), results["arms"], COLUMNS[-4:], []
     bars, words = figure.subplots(1, 2)
     rows = {k: row for m in arms.values() for k, row in m.get("samples", {}).items()}
     for i, (name, color) in enumerate(STYLES.items()):
         if m := arms.get(f"{name} facts"):
             bars.bar_label(bars.bar([x + 0.4 * i for x in range(4)], [100 * m[k] for k in kinds],
                                     0.4, color=color, ec="w", hatch=["//", ""][i], label=name))
+            told.append(f"{name} {m['reverse']:.0%}")
         if some := [row for k, row in rows.items() if k.startswith(f"{name} N=")]:
             words.semilogx([r["nfe"] for r in some], [100 * r["words"] for r in some], lw=3, ms=10,
                            color=color, marker="  *vo^s"[i],
                            label="{}: {entropy:.2f}, {seconds:.1f} s".format(name, **some[-1]))
-            words.legend(title="entropy and seconds with most calls")
-    bars.axhline(100 / cfg.n_fact, color="#d55e00", linestyle=":", label="chance")
+            words.legend(title="entropy and seconds with most calls (low: surest first)")
+    bars.axhline(100 / cfg.n_fact, color="#999999", linestyle="--", label="chance")
     bars.set(xticks=[0.2, 1.2, 2.2, 3.2], xticklabels=[*kinds[:3], "gap_reverse\n(ar: Eq. 8)"],
-             ylim=(0, 119), title="Facts that were only stated in training", ylabel="recalled (%)")
+             ylim=(0, 119), title="Asked in reverse: " + ", ".join(told), ylabel="recalled (%)")
     bars.legend(loc="upper center", ncols=3)
-    words.set(xlabel="calls (NFE)", ylabel="legal words (%)", title="Legal words of samples")
+    words.set(xlabel="calls (NFE)", ylabel="legal words (%)")
+    if LOW in (m := arms.get("llada", {})):
+        words.set_title(f"Greedy: surest first {m[LOW]:.0%}, at random {m[RANDOM]:.0%} legal words")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=80))
 

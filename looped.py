@@ -1,7 +1,7 @@
 """Looped transformers: one block of layers, passed again and again, reasons like a deep model.
 
 Saunshi et al., "Reasoning with latent thoughts: On the power of looped transformers", arXiv
-2502.17416. Run: python looped.py (five minutes on two CPU cores).
+2502.17416. Run: python looped.py (four minutes on two CPU cores).
 
 To follow a pointer eight times takes depth, but every layer may be the same. So k layers passed L
 times, (k x L), should reason almost as well as k L different ones, (kL x 1), which need the same
@@ -10,14 +10,14 @@ stored in parameters, and to pass those again stores no more.
 
 (1)  h_0 = e = norm(Embed(x)),  h_t = f(h_{t-1}) for t = 1..L,  logits = Unembed(norm(h_L))
 (2)  looped (k x L) | shallow (k x 1), equal parameters | deep (kL x 1), equal FLOPs
-(3)  %Gap = 100 (A(looped) - A(shallow)) / (A(deep) - A(shallow)),  A: accuracy
-(4)  R = mean of cos(theta_i, theta_{i+1}) over layers i and matrices (Q, K, V, ...)
+(3)  %Gap = 100 (Acc(looped) - Acc(shallow)) / (Acc(deep) - Acc(shallow)),  Acc: accuracy
+(4)  R = mean of cos(theta_i, theta_{i+1}) over layers i and matrices (Q, K, ...), neighbours: k = 1
 (5)  loss = CE - lambda R                           makes the layers of a deep model alike
 (6)  h_t = f(h_{t-1} + e)  or  f(A [h_{t-1}; e])    input injection
 (7)  p_t = sigmoid(w . h_t + b);  N = the first t with p_1 + ... + p_t > 0.99, at most L;
      r = 1 - p_1 - ... - p_{N-1};  h = p_1 h_1 + ... + p_{N-1} h_{N-1} + r h_N instead of h_L
 (8)  loss = CE + tau mean(N + r)                    adaptive computation time, ACT
-(9)  A = alpha ln D + beta,  D = k L: the effective depth
+(9)  Acc = alpha ln D + beta,  D = k L: the effective depth
 
 x `idx` | h, e `h` `e` | f `LoopedGPT.loop` | k `n_layer` | L `n_loop` | lambda `reg` | A `adapter`
 w, b `halt` | r `left` | N + r `spent` | tau `ponder` | T `seq_len` | C `n_embd` | M facts | H hops
@@ -442,9 +442,9 @@ class LoopedGPT(nn.Module):
             h = torch.where(left[..., None] > 0, new, h)                # (B, T, C)
             with torch.autocast(h.device.type, enabled=False):
                 p = self.halt(h.float()).squeeze(-1).sigmoid()          # (B, T)
-            stop = (left - p < 0.01) | (t == n_loop - 1)              # (B, T)
+            stop = (left - p < 0.01) | (t == n_loop - 1)                # (B, T): here t is N
             mean = mean + torch.where(stop, left, p)[..., None] * h     # (B, T, C)  Eq. 7
-            spent = spent + (left > 0) + stop * left                    # (B, T)
+            spent = spent + (left > 0) + stop * left                    # (B, T): N + r in the end
             left = torch.where(stop, 0, left - p)                       # (B, T)
         h = h if self.cfg.halting == "none" else mean                   # (B, T, C)
         return self.head(norm(h)).float(), spent
@@ -460,7 +460,7 @@ def likeness(model):
     return torch.stack(cosines).mean()                                  # Eq. 4
 
 def loop_flops(model):
-    """Forward FLOPs per position, without the little that halting and A take."""
+    """Forward FLOPs per position, without what halting (little) and A (4 C^2 a loop) take."""
     T, C, passes = model.cfg.seq_len, model.cfg.n_embd, model.cfg.n_layer * model.cfg.n_loop
     return passes * block_flops(T, C) / T + 2 * model.head.weight.numel()
 
@@ -667,9 +667,9 @@ def experiment(cfg, run):
         torch.manual_seed(cfg.seed)
         model = LoopedGPT(c).to(run.device)
         history = train(arm, model, c, run)
-        results[arm] = m = dict(size=f"{c.n_layer}x{c.n_loop}", mflops=loop_flops(model) / 1e6,
+        results[arm] = m = dict(size=f"{c.n_layer}x{c.n_loop}", seconds=history[-1]["seconds"],
                                 params=sum(p.numel() for p in model.parameters()), steps=c.steps,
-                                seconds=history[-1]["seconds"], history=history)
+                                mflops_per_token=loop_flops(model) / 1e6, history=history)
         m |= evaluate(model, replace(c, eval_batches=8 * c.eval_batches), run)
         m |= {"cosine": likeness(model).item()} if c.n_layer > 1 else {}
         reads = range(1, 2 * c.n_loop + 1)      # read out after fewer and more loops than trained
@@ -681,7 +681,7 @@ def percent_gap(arms, task, prefix=""):
     shallow, looped, deep = (arms[prefix + arm][task] for arm in ("shallow", "looped", "deep"))
     return 100 * (looped - shallow) / (deep - shallow or 1e-9)          # Eq. 3
 
-COLUMNS = "size params mflops steps seconds loss accuracy chain memory cosine".split()
+COLUMNS = "size params mflops_per_token steps seconds loss accuracy chain memory cosine".split()
 CLAIMS = [  # name, measured from the arms, relation, needed; chain and memory name accuracies
     ("C1 looped, hops >= 4", lambda a: a["looped"]["chain"], ">=", 0.9),
     ("C1 deep - looped", lambda a: a["deep"]["chain"] - a["looped"]["chain"], "<=", 0.05),
@@ -713,7 +713,7 @@ def plot(cfg, run, results):
     for arm in [arm for arm in STYLES if arm in arms]:
         by_level.plot(arms[arm][f"{task} levels"], **STYLES[arm], label=arm)
     best = ", ".join(f"{arm} {arms[arm][f'{task} reach']}" for arm in STYLES if arm in arms)
-    by_level.set(xlabel=f"difficulty ({task}: hops)", ylabel="accuracy", title=f"Solved: {best}")
+    by_level.set(xlabel="level (chain: hops)", ylabel="accuracy", title=f"Solved to level: {best}")
     for arm, others in [("looped", ["1x2", "1x3"]), ("deep", ["2x1", "3x1"])]:
         some = [arms[name] for name in ["shallow", *others, arm] if name in arms]
         D, A = [math.prod(map(int, m["size"].split("x"))) for m in some], [m[task] for m in some]
@@ -723,18 +723,18 @@ def plot(cfg, run, results):
             by_depth.plot(D, alpha * np.log(D) + beta, label=f"{alpha:.2f} ln D {beta:+.2f}")
             more, reads = cfg.n_layer * np.arange(1, 2 * cfg.n_loop + 1), arms[arm]["by_loop"]
             by_depth.plot(more, reads, "x-", color="#cc79a7", label="looped, read after D")
-            by_depth.set_title(f"One block passed {D[-1]} times: {A[-1]:.2f}, once: {A[0]:.2f}")
+            by_depth.set_title(f"Looped to depth {D[-1]}: {A[-1]:.2f}, to depth {D[0]}: {A[0]:.2f}")
     by_depth.set(xlabel="effective depth D (layers passed)", ylabel="accuracy, hardest third")
     for panel in (by_level, by_depth):
-        panel.axhline(1 / CHAINS, color="#999999", linestyle="--", label="guessing a root")
+        panel.axhline(1 / CHAINS, color="#999999", linestyle="--", label=f"one of {CHAINS} guessed")
         panel.legend()
     for name, prefix in [(task, ""), ("memory", "memory ")]:
         trio = [arm for arm in ("shallow", "looped", "deep") if prefix + arm in arms]
         for arm in trio:
             bar = bars.bar(f"{arm}\n{name}", arms[prefix + arm][name], color=STYLES[arm]["color"])
             bars.bar_label(bar, fmt="%.2f")
-        gaps += [f"{percent_gap(arms, name, prefix):.0f} % of {name}"] if len(trio) == 3 else []
-    bars.set(ylabel=f"accuracy ({task}: hardest third)", title="%Gap of loops: " + ", ".join(gaps))
+        gaps += [f"{percent_gap(arms, name, prefix):.0f} % in {name}"] if len(trio) == 3 else []
+    bars.set(ylabel=by_depth.get_ylabel(), title="Gain of loops / of depth: " + ", ".join(gaps))
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=12)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=80))
 

@@ -11,18 +11,19 @@ before, and attention sees only them, so that FLOPs and cache shrink along with 
      capacity warm-up: A_r = all; behind it: z plus fading noise of the size 1 + std z
 (4)  y = Block(h[A_r]), at the tokens' positions; kv="share": keys and values of pass 1, of all
 (5)  h_t <- h_t + g (y_t - h_t) for t in A_r;  paper: h_t + 0.1 g y_t;  g = sigmoid(z_t)
-(6)  CE + 0.05 sum_r mean over A_{r-1} of BCE(z_t, t in A_r) + lambda_z sum_r mean of z_t^2
-     aux="router": BCE(q_t, t in A_r) of weight 1 with q_t = v_r . stopgrad(h_t) / sqrt(C)
+(6)  CE + sum_r mean over A_{r-1} of lambda BCE(z_t, t in A_r) + lambda_z z_t^2;  lambda: 0.05 once
+     the noise is gone, else 0;  aux="router": 1, with q_t = v_r . stopgrad(h_t) / sqrt(C) for z_t
 (7)  at inference t takes pass r if it took r - 1 and z_t > 0 (or q_t > 0); all take pass 1
-(8)  FLOPs = sum_r b (24 k_r C^2 + 4 k_r^2 C) + T (routers + head)
+(8)  FLOPs of T tokens = sum_r b (24 k_r C^2 + 4 k_r^2 C) + own layers + T (routers + head)
 (9)  token choice: p = softmax(W h_t) before pass 1, depth i = argmax p, h_t + p_i Block^i(h_t);
-     CE + 0.1 R sum_i (share of tokens of depth i) mean p_i
+     CE + 0.1 R sum_i (share of tokens of depth i) mean p_i;  as their code; paper: p in every pass
 
-R `n_loop` | b shared blocks | h `x` | w, v `router` `decider` | A_r `A` `keep` | T `seq_len`
-C `n_embd` | hs head size | B batch, N rows | n folds, one in every w symbols | k tokens
+r pass of R `n_loop` | t token | b shared blocks | h `x` | w, v `router` `decider` | A_r `A` `keep`
+T `seq_len` | C `n_embd` | hs head size | lambda_z `z_weight` | g gate, g_j operand | B, N rows
 
 What it shows (by rule 7). In filler stand folds g1 .. g5 of elements of the group S3; at each g_j
-the product so far is asked; hard: j = 5. C4 counts the operands in the last pass.
+the product so far is asked; hard: j = 5. recursive: all take R passes; uniform: 2, FLOPs of mor;
+random: noise picks, no gate; wide: 4 C. C4: operands among those in the last pass (chance: 0.28).
   C0 hard: recursive - single         0.623 +- 0.050  needed >= 0.15, holds on 3 of 3
   C1 step time: mor / recursive, wide 0.695 +- 0.019  needed <= 0.92, holds on 3 of 3
   C1 saved time / saved FLOPs, wide   0.904 +- 0.055  needed >= 0.8, holds on 3 of 3
@@ -33,13 +34,12 @@ the product so far is asked; hard: j = 5. C4 counts the operands in the last pas
   C4 causal and top-k agree           0.988 +- 0.001  needed >= 0.95, holds on 3 of 3
   C4 |causal - top-k|                 0.023 +- 0.028  needed <= 0.02, holds on 2 of 3
 
-The authors' code (raymin0223/mixture_of_recursions) evaluates by top-k, which sees the future; (7)
-is our reading. Noise and delta form are ours: what is new enters the paper's (5) ten times weaker.
-Left out: loss-free balance; token choice is computed for all, its FLOPs counted.
-
+What the paper leaves open. Its code (raymin0223/mixture_of_recursions) evaluates by top-k and so
+sees the future; (7) is our reading. Ours: 1 / sqrt(C), 0.05 for 0.001, a warm-up of this length,
+noise, delta (what is new enters the paper's (5) ten times weaker), clipping apart. Left out: loss-
+free balance; token choice runs all tokens (FLOPs: as if balanced); share makes k, v it never reads.
 Exercises: 1. --capacity_warmup 0: whom does a router send on that never saw what a pass is for?
 2. --full: what do the paper's gate, a shared cache, or own first and last layers change?
-
 New here: ALPHABET, MOST, S3, PRODUCT, fold_rows, MoR, rollout, METRICS, timings, ARMS, ABLATIONS
 """
 
@@ -90,7 +90,7 @@ class Config:
     aux_weight: float = 0.05        # weight of the auxiliary loss
     z_weight: float = 0.0           # weight of the z-loss
     capacity_warmup: float = 0.4    # share of the steps in which all tokens take all passes
-    explore: float = 0.15           # share of the steps, the next, with noise in the choice
+    explore: float = 0.15           # share of the steps, after those, in which noise fades out
     n_fold: int = 3                 # folds in a sequence
     # training
     steps: int = 2700               # optimiser steps; scaled where arms must cost the same
@@ -133,7 +133,7 @@ S3 = list(itertools.permutations(range(3)))
 PRODUCT = torch.tensor([[S3.index(tuple(g[i] for i in h)) for h in S3] for g in S3])    # g h
 
 def fold_rows(cfg, rng):
-    """Filler and folds g1 .. g5: symbols, product of the fold so far, place in it or 0. (B, T)"""
+    """Easy filler, deep folds g1 .. g5: symbols, product so far, place in the fold or 0. (B, T)"""
     B, n, w = cfg.batch_size, cfg.n_fold, cfg.seq_len // cfg.n_fold     # a fold in every w symbols
     g, count = (torch.randint(m, (B, n, w), generator=rng) for m in (6, 900))       # (B, n, w)
     start = 1 + torch.randint(w - MOST, (B, n, 1), generator=rng)       # (B, n, 1)
@@ -147,7 +147,7 @@ def fold_rows(cfg, rng):
 
 def make_batch(cfg, split, step):
     """Batch number `step` of a split, a function of its arguments alone; validation is the same for
-    all seeds. Without noise, all tokens take all passes; then it explores whom to pick."""
+    all seeds. Without noise in it, all tokens take all passes; with it, noise fades, then is 0."""
     train, t = split == "train", step / cfg.steps
     rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step if train else -1 - step)
     idx, product, level = fold_rows(cfg, rng)                           # (B, T)
@@ -379,7 +379,7 @@ class MoR(nn.Module):
             if self.cfg.router == "token":
                 p = (h.float() @ self.router.weight.T).softmax(-1)      # (B, T, R)  Eq. 9
                 return p[..., r - 1], p.argmax(-1) + 1.5 - r            # (B, T)
-            x = x.float() / math.sqrt(x.size(-1))                       # (B, T, C)
+            x = x.float() / math.sqrt(x.size(-1))                       # (B, T, C)  in Eq. 2 and 6
             z = x @ self.router.weight[r - 1]                           # (B, T)  Eq. 2
             return z, x.detach() @ self.decider.weight[r - 1] if self.cfg.aux == "router" else z
 
@@ -426,7 +426,7 @@ class MoR(nn.Module):
         ranked = self.training and self.cfg.router == "expert" or self.cfg.router == "random"
         for r in range(1, self.cfg.n_loop + 1):
             z, q = self.scores(r, x, h)
-            A, share = None, 1 if ranked and noise is None else self.share[r]
+            A, share = None, 1 if ranked and noise is None else self.share[r]   # no noise: warm-up
             if share < 1 and ranked:
                 size = 1 + z.detach().std(1, keepdim=True, correction=0)            # (B, 1)
                 rank = (z + noise[:, r - 1] * size).masked_fill(~keep, -math.inf)   # (B, T)
@@ -439,18 +439,18 @@ class MoR(nn.Module):
                 paper, g = self.cfg.update == "paper", z.sigmoid()[..., None]       # (B, T, 1)
                 y = x + (0.1 * g * y if paper else g * (y - x))         # (B, T, C)  Eq. 5
             elif self.cfg.router == "token":        # in its last pass, a token's q is 0.5
-                y = torch.where(q[..., None] < 1, h + z[..., None] * y, y)          # (B, T, C)
+                y = torch.where(q[..., None] < 1, h + z[..., None] * y, y)  # (B, T, C)  Eq. 9
             x = torch.where(keep[..., None], y, x) if share < 1 else y  # (B, T, C)
             trace.append((z, q, keep))
         x = self.visit(self.cfg.n_loop + 1, x, *run)                    # (B, T, C)
         return self.head(norm(x)).float(), *map(torch.stack, zip(*trace))
 
     def flops(self, routed=True):
-        """Forward FLOPs per token; not routed: while all tokens take all passes."""
+        """Forward FLOPs per token; not routed: all take all passes; share: queries meet T keys."""
         T, C, (front, *passes, behind) = self.cfg.seq_len, self.cfg.n_embd, self.stages
         total, shared = len(front + behind) * block_flops(T, C), self.cfg.kv == "share"
         for layers, share in zip(passes, self.share[1:]):
-            k = int(share * T + 1e-6) if routed else T
+            k = int(share * T + 1e-6) if routed else T      # 1e-6: share is rounded, k is not
             total += len(layers) * (block_flops(k, C) + 4 * k * (T - k) * C * shared)
         return total / T + 2 * C * (len(ALPHABET) + hasattr(self, "router") * len(passes))  # Eq. 8
 
@@ -465,7 +465,7 @@ def loss_fn(model, batch, cfg):
         candidates = torch.cat([torch.ones_like(keep[:1]), keep[:-1]])  # (R, B, T)
         bce = F.binary_cross_entropy_with_logits(q, keep.float(), reduction="none")     # (R, B, T)
         bce, square = ((v * candidates).sum((1, 2)) / candidates.sum((1, 2)) for v in (bce, z * z))
-        settled = noise is not None and (noise == 0).all()
+        settled = noise is not None and (noise == 0).all()     # else luck becomes the label
         weight = {"loss": cfg.aux_weight * settled, "router": 1.0, "none": 0.0}
         loss = loss + weight[cfg.aux] * bce.sum() + cfg.z_weight * square.sum()  # Eq. 6
     elif cfg.router == "token":
@@ -566,7 +566,7 @@ def train(arm, model, cfg, run):
     return history
 
 # ---- 7. Evaluation -------------------------------------------------------------------------------
-METRICS = {     # means over what is selected here, by the causal rule; _topk: by that of training
+METRICS = {     # causal rule (_topk: training's); means of what is selected: loss is of folds alone
     "loss": lambda e: e.nll[e.level > 0], "loss_topk": lambda e: e.nll_topk[e.level > 0],
     "hard": lambda e: e.nll[e.level == MOST], "hard_topk": lambda e: e.nll_topk[e.level == MOST],
     "depth": lambda e: e.keep.sum(0), "needed": lambda e: e.level[e.keep[-1]] > 0,
@@ -666,7 +666,7 @@ def report(cfg, run, arms, columns, claims, **more):
     return results
 
 ARMS = {"recursive": lambda c: dict(router="none"),       # the method switched off
-        "uniform": lambda c: dict(router="none", n_loop=(c.n_loop + 1) // 2,     # mor's passes
+        "uniform": lambda c: dict(router="none", n_loop=(c.n_loop + 1) // 2,     # mor's mean, R odd
             steps=round(c.steps * (1 + c.capacity_warmup * (c.n_loop - 1) / (c.n_loop + 1)))),
         "single": lambda c: dict(router="none", n_loop=1),
         "mor": lambda c: {}, "random": lambda c: dict(router="random")}
@@ -694,7 +694,7 @@ def experiment(cfg, run):
 
 COLUMNS = """params mflops_per_token train_tflop seconds loss loss_topk hard hard_topk k5 depth
              needed agreement decode_ms_b1 decode_ms_b32 ms_ratio_wide flop_ratio_wide""".split()
-CLAIMS = [  # name, measured from the arms, relation, needed; hard and k5: at k = MOST
+CLAIMS = [  # name, measured from the arms, relation, needed; hard and k5: at j = MOST
     ("C0 hard: recursive - single", lambda a: a["recursive"]["k5"] - a["single"]["k5"], ">=", 0.15),
     ("C1 step time: mor / recursive, wide", lambda a: a["mor"]["ms_ratio_wide"], "<=", 0.92),
     ("C1 saved time / saved FLOPs, wide", lambda a: (1 - a["mor"]["ms_ratio_wide"])

@@ -10,19 +10,19 @@ share of masks at every time stays what it was. The network needs no training fo
 
 (1)  q(z_t | x) = alpha_t [x] + (1 - alpha_t) [m] at every position; log-linear: alpha_t = 1 - t
 (2)  x_theta(z) = [z] where z != m, else softmax(logits), never m (SUBS)
-(3)  NELBO = E_t (1/t) sum of -log x_theta(z_t)[x] over the masks;  1/t = -alpha' / (1 - alpha)
-(4)        = E_n (L/n) sum of the same;  n uniform in 1..L, n random positions masked: no 1/t
+(3)  NELBO = E_t (1/t) mean over L of -log x_theta(z_t)[x] at masks;  1/t = -alpha' / (1 - alpha)
+(4)        = E_n (L/n) mean of the same;  n uniform in 1..L, n random positions masked: no 1/t
 (5)  from t to s < t: a visible token is masked with probability sigma, a mask is decoded with
      probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)
 (6)  sigma <= min(1, (1 - alpha_s) / alpha_t)
 (7)  sigma: mdlm 0 | cap eta | rescale eta times the bound (6) | fb (alpha_s - alpha_t) / alpha_t
 (8)  switch: cap once t <= t_on | loop: cap while t_off < t <= t_on, where alpha rests at alpha_on
-(9)  conf: sigma^l = w^l sigma, w = softmax(-psi) over the visible tokens, psi = x_theta(z)[x] when
-     it was decoded | mean-conf: this times the number of visible tokens, at most 1
+(9)  conf: sigma^l = w^l sigma (cap), w = softmax(-psi) over the visible tokens, psi = x_theta(z)[x]
+     when x was decoded | mean-conf, not in the paper: this times the visible tokens, at most 1
 (10) floor: the least NELBO of a network that sees R tokens far = E_t H(x_l | visible within R)
 
-x `targets` | z_t `idx`, `z` | m = V, the number of symbols | psi `psi` | L `seq_len` | C `n_embd`
-T `n_denoise`, steps | R = n_layer * window | NFE: calls of the network per sequence | B batch
+x `targets` | z_t `idx`, `z` | m = V, the number of symbols | psi `psi` | L (T in shapes) `seq_len`
+C `n_embd` | B batch | R = n_layer * window | NFE: calls per sequence | T=512: `n_denoise` steps
 
 What it shows (seeds 1-3). The source is known: x_{l+1} = x_l + 1, or with chance 0.1 any. Errors:
 jumps, steps other than +1; 5.775 per sequence are right. A window stands in for limited capacity:
@@ -89,7 +89,7 @@ class Config:
     seq_len: int = 64               # tokens in a training sequence
     window: int = 1                 # neighbours seen on a side in every layer (0: all tokens)
     # method
-    n_denoise: int = 512            # denoising steps; also a half, a quarter, an eighth of them
+    n_denoise: int = 512            # denoising steps; also a half, a quarter and less of them
     n_sample: int = 128             # sequences that a sampler draws
     eta: float = 0.05               # remasking strength, Eq. 7
     t_on: float = 0.55              # loop and switch begin to remask (time runs from 1 to 0)
@@ -225,7 +225,7 @@ def make_batch(cfg, split, step):
     u = (torch.arange(B) + draw(B, generator=rng)) / B                  # (B,), stratified
     n = 1 + (L * u).long().clamp(max=L - 1)                             # (B,)
     rank = draw(B, L, generator=rng).argsort(1).argsort(1)              # (B, L)
-    z = torch.where(rank < n[:, None], SYMBOLS, x)                      # (B, L)  Eq. 1
+    z = torch.where(rank < n[:, None], SYMBOLS, x)                      # (B, L)  Eq. 4
     return {"idx": z, "targets": x, "weight": L / n}                    # Eq. 4
 
 # ---- 3. Kit (the same in every script: skip on first reading) ------------------------------------
@@ -423,7 +423,7 @@ SAMPLERS = "mdlm fb cap loop mean-conf rescale switch conf".split()
 def remask_schedule(sampler, cfg):
     """For every step: the chance of a mask to be decoded, and of a visible token to be masked."""
     grid = torch.linspace(1, 0, cfg.n_denoise + 1, dtype=torch.float64)
-    t, alpha = grid[:-1], 1 - grid
+    t, alpha = grid[:-1], 1 - grid                                      # Eq. 1
     window = {"switch": t <= cfg.t_on, "loop": (cfg.t_off < t) & (t <= cfg.t_on)}       # Eq. 8
     if sampler == "loop":
         rest = [0, cfg.t_off, cfg.t_on, 1], [1, cfg.alpha_on, cfg.alpha_on, 0]
@@ -462,7 +462,7 @@ def sequence_nelbo(logp, batch):
 
 def loss_fn(model, batch, cfg):
     """NELBO in nats per token: loss, stats."""
-    loss = sequence_nelbo(model(batch["idx"]), batch).mean()            # Eq. 3
+    loss = sequence_nelbo(model(batch["idx"]), batch).mean()            # Eq. 3, by Eq. 4
     return loss, {"loss": loss.detach()}
 
 @torch.no_grad()
@@ -726,9 +726,9 @@ def plot(cfg, run, results):
                            label=f"{sampler} {errors[-1]:.1f}, {some[-1]['seconds']:.0f} s")
         panel.axhline(some[0]["truth"], color="#000000", linestyle=":", label="truth")
         mdlm, cap = (rows[f"{name} {s} {cfg.n_denoise}"]["errors"] for s in ("mdlm", "cap"))
-        panel.set(xlabel="calls per sequence (NFE)", ylabel="errors per sequence",
+        panel.set(xlabel="calls per sequence (NFE)", ylabel="errors per sequence", ymargin=0.4,
                   title=f"{name} denoiser: remasking (cap) changes errors by {cap - mdlm:+.1f}")
-        panel.legend(title=f"with T = {cfg.n_denoise}")
+        panel.legend(title=f"errors and seconds with T = {cfg.n_denoise}; bars: 2 s.e.")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=100))
 

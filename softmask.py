@@ -12,22 +12,22 @@ parameters. Training takes two passes: one without gradient for the beliefs, one
 (2)  lam = omega_s sigmoid(omega_a (-H(p) - omega_b));  H: entropy of all of p, not of its top k
 (3)  omega_s = sigmoid(r_s) | omega_a = softplus(r_a) + 1e-6 | omega_b = -softplus(r_b) - 1e-6
 (4)  p = stopgrad(x_theta(z)), from plain masks; in a share p_sm of the training steps, else none
-(5)  loss = NELBO of x_theta(z, p) = E_n (L/n) sum of -log x_theta(z, p)[x] over n random masks
+(5)  loss = NELBO of x_theta(z, p) = E_n (L/n) mean over L of -log x_theta(z, p)[x] at n masks
 (6)  sampling: p is what x_theta said one step before, itself with soft masks
 (7)  floor: the least NELBO of a network that sees R tokens far = E_t H(x_l | visible within R)
 (8)  FLOPs of a training step = (3 + p_sm) network + (2 + p_sm) mixtures
 
 x `targets` | z `idx`, `z` | p `belief` | e `soften` | m = V, the number of symbols | L `seq_len`
-lam `Gate` | r `raw` | pi `pi` | T positions | C `n_embd` | B batch | nh heads
+lam `Gate` | r `raw` | pi `pi` | T positions; T=64 steps | C `n_embd` | B batch | nh heads
 
 What it shows. In the source x_{l+1} = x_l + 1, or with probability 0.1 anything; 5.8 jumps, steps
-other than +1, are right. A window limits a pass to R = 2, and no such MDLM comes below 0.802: what
-is below came through beliefs. `looped` runs its blocks twice in a call. Training FLOPs are equal.
+other than +1, are right. A window limits a pass to R = 2; one pass cannot come below 0.802: what is
+below came through beliefs, or through the second pass of `looped` in a call. Training FLOPs: equal.
   S1 mdlm, loss + 3 s.e. - floor           0.007 +- 0.001  needed >= 0.0, holds on 3 of 3
   S1 softmask, the same (R = 4)            0.018 +- 0.002  needed >= 0.0, holds on 3 of 3
   S1 loss of mdlm, else void               0.808 +- 0.001  needed <= 0.86, holds on 3 of 3
   S1 loss of softmask                      0.658 +- 0.002  needed <= 0.7, holds on 3 of 3
-  S2 jumps of mdlm, 64 steps               15.406 +- 0.116 needed >= 13.5, holds on 3 of 3
+  S2 jumps of mdlm, 64 steps               15.406 +- 0.116  needed >= 13.5, holds on 3 of 3
   S2 jumps of softmask / mdlm              0.466 +- 0.017  needed <= 0.75, holds on 3 of 3
   S2 jumps of mdlm, 128 steps for 64       0.017 +- 0.009  needed <= 0.08, holds on 3 of 3
   S3 infilling, softmask minus mdlm        0.116 +- 0.005  needed >= 0.06, holds on 3 of 3
@@ -92,7 +92,7 @@ class Config:
     gate_init: Literal["small", "paper"] = "small"          # initial values of the gate, Eq. 3
     gate_speed: float = 8.0         # learning rate of the gate over that of the network
     n_pass: int = 8                 # passes over fixed masks in the last evaluation
-    n_denoise: int = 128            # denoising steps; also a half, a quarter, an eighth of them
+    n_denoise: int = 128            # denoising steps; also a half, a quarter and less of them
     n_sample: int = 128             # sequences that a sampler draws
     # training
     steps: int = 450                # optimiser steps; scaled where arms must cost the same
@@ -365,7 +365,7 @@ class Gate(nn.Module):
         start = dict(small=(0.1, 10 / most, -most / 2), paper=(1e-6, 10 / 1.5, -0.75))
         s, a, b = start[cfg.gate_init]
         raw = math.log(s / (1 - s)), math.log(math.expm1(a - 1e-6)), math.log(math.expm1(-b - 1e-6))
-        self.raw = nn.Parameter(torch.tensor(raw) / self.speed)     # Adam's step has no scale
+        self.raw = nn.Parameter(torch.tensor(raw) / self.speed)     # so Adam moves r by speed * lr
 
     def omega(self):
         """The parameters omega_s in (0, 1), omega_a > 0, omega_b < 0."""
@@ -584,7 +584,7 @@ def draw_samples(denoise, cfg, run):
     return rows
 
 def infill(model, cfg, run):
-    """How many masks are filled with the truth if a tenth is given, and how many could be."""
+    """How many masks are filled with the truth if a tenth is given, and by the exact posterior."""
     rng, size = torch.Generator().manual_seed(2**40), (4 * cfg.n_sample, cfg.seq_len)
     x = relay_sample(*size, rng)                                        # (N, T)
     z = torch.where(torch.rand(size, generator=rng) < 0.1, x, SYMBOLS)        # (N, T)
@@ -665,7 +665,7 @@ def experiment(cfg, run):
         history = train(arm, model, c, run)
         long = replace(c, eval_batches=8 * c.eval_batches, n_pass=cfg.n_pass if c.p_sm else 1)
         m = dict(params=sum(p.numel() for p in model.parameters()), steps=c.steps,
-                 mflops_per_token=update_flops(c) / 1e6, seconds=history[-1]["seconds"],
+                 mflops_update=update_flops(c) / 1e6, seconds=history[-1]["seconds"],
                  **evaluate(model, long, run), **infill(model, c, run), history=history)
         reaches = [c.n_layer * c.window * c.n_loop * n for n in range(1, 1 + cfg.n_pass)]
         m["floors"] = [relay_floor(c.seq_len, R or c.seq_len) for R in reaches]         # Eq. 7
@@ -681,7 +681,7 @@ def experiment(cfg, run):
         results[arm] = m
     return results
 
-COLUMNS = "params mflops_per_token steps seconds loss loss_se floor infill".split()
+COLUMNS = "params mflops_update steps seconds loss loss_se floor infill".split()
 CLAIMS = [  # name, measured from the arms, relation, needed
     ("S1 mdlm, no leak: loss + 3 s.e. - floor", lambda a: a["mdlm"]["slack"], ">=", 0.0),
     ("S1 softmask, no leak: the same", lambda a: a["softmask"]["slack"], ">=", 0.0),
@@ -711,7 +711,7 @@ def plot(cfg, run, results):
     figure, arms = Figure(figsize=(17, 7.5)), results["arms"]
     curves, calls = figure.subplots(1, 2)
     for arm, m in arms.items():
-        style, flops = STYLES[arm.split()[0]], 1e6 * m["mflops_per_token"] * cfg.batch_size
+        style, flops = STYLES[arm.split()[0]], 1e6 * m["mflops_update"] * cfg.batch_size
         curves.plot([row["step"] * flops * cfg.seq_len / 1e12 for row in m["history"]],
                     [row["val_loss"] for row in m["history"]], **style,
                     label=f"{arm} {m['loss']:.3f}, {m['steps']} steps, {m['seconds']:.0f} s")
@@ -724,13 +724,13 @@ def plot(cfg, run, results):
                        label=f"{arm} {jumps[-1]:.1f}, {m['samples'][-1]['seconds']:.1f} s")
     best, m = min(arms.items(), key=lambda item: item[1]["loss"])
     curves.set(xlabel="training compute (TFLOP)", ylabel="NELBO (nats per token)",
-               title=f"{best} reaches {m['loss']:.3f}, no single pass below {m['floors'][0]:.3f}")
+               title=f"{best} reaches {m['loss']:.3f}, one call of it at best {m['floors'][0]:.3f}")
     curves.legend(title="dotted: floors of one pass and of two")
     truth, end = (cfg.seq_len - 1) * JUMP * (1 - 1 / SYMBOLS), m["jumps"][-1]
     calls.axhline(truth, color="#999999", label="truth")
     calls.set(xlabel="calls per sequence (NFE)", ylabel="jumps per sequence", xscale="log",
               xticks=nfe, xticklabels=nfe, title=f"{best}: {end:.1f} jumps, {truth:.1f} are right")
-    calls.legend(title=f"with {nfe[-1]} calls")
+    calls.legend(title=f"jumps and seconds with {nfe[-1]} calls; bars: 2 s.e.")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=100))
 

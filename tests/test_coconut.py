@@ -146,6 +146,7 @@ def test_a_thought_is_the_state_that_would_have_chosen_a_word():
     same(model.logits(z), model(batch)[:, :3])
     same(z.mean(-1), torch.zeros(8, 3))             # behind the final norm
     torch.testing.assert_close(z.square().mean(-1), torch.ones(8, 3).double(), rtol=0, atol=1e-3)
+    same(model.words(batch["idx"]).square().mean(-1), torch.ones(8, 4), atol=1e-3)  # a word, too
 
 
 @pytest.mark.parametrize("slot", ["thought", "pause"])
@@ -205,15 +206,17 @@ def test_gradient_of_the_answer_reaches_every_thought(monkeypatch):
     assert of_r == 0 and not any(of_slots) and of_stop > 1e-6
 
 
-def test_gradient_equals_a_finite_difference():
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.weight", "embed.weight", "ends"])
+def test_gradient_equals_a_finite_difference(name):
+    """Also of the words' vectors, through both of their uses, and of the ends of edges."""
     cfg = config()
     model, batch = build(cfg), batch_at(cfg, 3)
-    weight = model.blocks[0].attn.qkv.weight
+    weight = model.get_parameter(name)
     coconut.loss_fn(model, batch, cfg)[0].backward()
-    found, eps, losses = weight.grad[3, 5].item(), 1e-5, []
+    found, eps, losses = weight.grad[-1, 5].item(), 1e-5, []
     with torch.no_grad():
         for step in (eps, -2 * eps):
-            weight[3, 5] += step
+            weight[-1, 5] += step
             losses.append(coconut.loss_fn(model, batch, cfg)[0].item())
     assert found == pytest.approx((losses[0] - losses[1]) / (2 * eps), rel=1e-5)
     assert abs(found) > 1e-5
@@ -437,6 +440,14 @@ def test_stages_follow_the_share_of_the_training_that_is_over():
         assert {replace(cfg, remove=remove).stage(done) for done in (0, 0.5, 1)} == {stage}
     short = coconut.scale(replace(cfg, budget=0.1), 1)
     assert [short.stage((step + 0.5) / short.steps) for step in range(100)] == stages[::10]
+    assert short.warmup == cfg.warmup / 10 == 10
+
+
+def test_learning_rate_by_hand():
+    """One warm-up and one cosine over the whole run: neither starts again with a stage."""
+    cfg = config(steps=1100, warmup=100, lr=2.0)
+    rates = [coconut.learning_rate(step, cfg) for step in (0, 49, 99, 100, 600, 1100)]
+    assert rates == pytest.approx([0.02, 1, 2, 2, 1.1, 0.2])
 
 
 def test_stage_and_mixing_of_a_batch():
@@ -611,6 +622,34 @@ def test_every_node_is_in_its_group(group, column, tmp_path, monkeypatch):
         assert found["auc"][1] == 0     # ties do not count
 
 
+def test_probe_of_random_weights_by_hand(tmp_path):
+    """Not a lens over nodes alone, an AUC within a star, thoughts of another order of t and t'."""
+    cfg = config(batch_size=64, eval_batches=1, out=str(tmp_path))
+    model, batch = build(cfg, seed=2), coconut.make_batch(cfg, "val", 0)
+    found = coconut.probe(model, cfg, coconut.Run(cfg))
+    prompt = torch.cat([batch["prompt"][:, :4], batch["node"][:, 7:8]], dim=1)  # only r is another
+    twin = coconut.reply(model, dict(batch, prompt=prompt), 3)[1]
+    z = coconut.reply(model, batch, 3)[1]
+
+    def rate(stage, given=None):
+        return coconut.two_way(coconut.reply(model, batch, stage, given)[0], batch).item()
+
+    want = [rate(3, z.roll(4, 0)), rate(3, 0 * z), 1 - rate(3, twin), *map(rate, range(4))]
+    assert len(set(want)) == 7      # none is taken for another
+    swapped = found["swapped"]
+    assert [swapped["other z"], swapped["zero z"], found["flips"], *found["by_stage"]] == want
+    logits = model.logits(z)
+    for m, columns in enumerate([[1, 2], [3, 4], [5, 6]]):
+        front = batch["node"][:, columns]
+        rest = batch["node"][:, [i for i in range(14) if i not in columns]]
+        mass = logits[:, m].softmax(-1).gather(1, front).sum(1).mean().item()
+        assert found["frontier"][m] == pytest.approx(mass)
+        over = logits[:, m].gather(1, front)[:, :, None] > logits[:, m].gather(1, rest)[:, None]
+        assert found["auc"][m] == pytest.approx(over.double().mean().item())
+    metrics = coconut.evaluate(model, cfg, coconut.Run(cfg))    # the answer can be known
+    assert [metrics["excess"]] == metrics["labels"] and metrics["excess"] == metrics["loss"]
+
+
 def test_latency_counts_passes_and_writes_more_words_only_without_thoughts(tmp_path):
     cost = {}
     for name, changes in ARMS.items():
@@ -626,10 +665,20 @@ def test_latency_counts_passes_and_writes_more_words_only_without_thoughts(tmp_p
 # ---- Arms, claims, bad input
 
 
+def test_the_optimiser_survives_every_new_stage(tmp_path):
+    """A new one at a switch, as in the paper's runs, would count its steps from 0 again."""
+    cfg = config(n_hop=2, steps=6, start=0.3, eval_every=2, eval_batches=1, out=str(tmp_path))
+    assert [cfg.stage(step / 6) for step in range(6)] == [0, 0, 1, 1, 2, 2]
+    with unpainted():
+        coconut.train("coconut", coconut.Coconut(cfg), cfg, coconut.Run(cfg))
+    state = torch.load(tmp_path / "coconut.pt", weights_only=True)["opt"]["state"]
+    assert {int(s["step"]) for s in state.values()} == {6} and len(state) == 6
+
+
 def test_arms_with_stages_and_cot_are_one_model_until_the_first_step_goes(tmp_path, monkeypatch):
     flags = ["--smoke", "--steps", "12", "--start", "0.5", "--eval_every", "3", "--full"]
     for part in "plot", "probe":
-        monkeypatch.setattr(coconut, part, lambda model, cfg, run: {})
+        monkeypatch.setattr(coconut, part, lambda model, cfg, run: {"probed": True})
     with unpainted():
         arms = coconut.main([*flags, "--out", str(tmp_path)])["arms"]
     losses = {arm: [row["loss"] for row in m["history"]] for arm, m in arms.items()}
@@ -637,10 +686,30 @@ def test_arms_with_stages_and_cot_are_one_model_until_the_first_step_goes(tmp_pa
     for arm in ("pause", "no_thought", "cot"):
         assert losses[arm][:2] == pytest.approx(losses["coconut"][:2], abs=1e-6)
         assert losses[arm][2:] != pytest.approx(losses["coconut"][2:], abs=1e-4)
-    assert losses["no_curriculum"][0] != pytest.approx(losses["coconut"][0], abs=1e-4)
+    for arm in ("no_curriculum", "pause_token", "no_cot"):      # all steps are gone from the start
+        assert losses[arm][0] != pytest.approx(losses["coconut"][0], abs=1e-4)
+    for arm, m in arms.items():
+        assert (m["passes_1"] == 2) == (arm in "no_cot no_thought icot deep looped".split())
+        assert ("probed" in m) == (arm in "pause coconut no_curriculum pause_token".split())
+    icot = torch.load(tmp_path / "icot.pt", weights_only=True)["config"]
+    assert icot["extra"] == pytest.approx(math.exp(-4)) and icot["mix"] == 0    # P(o) ~ exp(-4 o)
     assert arms["deep"]["params"] > arms["looped"]["params"] == arms["coconut"]["params"]
     assert arms["deep"]["mflops_1"] == arms["looped"]["mflops_1"] > arms["no_thought"]["mflops_1"]
     assert arms["coconut"]["mflops_1"] == arms["pause"]["mflops_1"]
+
+
+@pytest.mark.filterwarnings("ignore:No artists")      # without coconut there is no mass to label
+def test_floor_in_the_picture_by_hand(tmp_path, monkeypatch):
+    """Known are the answer, the words behind the first, and t, which the prompt names."""
+    cfg, figures, make = config(n_hop=4, start=0.2, out=str(tmp_path)), [], coconut.Figure
+    monkeypatch.setattr(coconut, "Figure", lambda **kw: figures.append(make(**kw)) or figures[0])
+    cot = dict(two_way=0.75, excess=0.0, steps=1000, history=[dict(step=1000, loss=0.2)])
+    with unpainted():
+        coconut.plot(cfg, coconut.Run(cfg), dict(arms={"cot": cot}, environment=dict(device="cpu")))
+    x, floor = figures[0].axes[2].lines[-1].get_data()
+    assert (x[0], x[-1]) == (0, 1000)
+    middle = floor[[40, 120, 200, 280, 360]]        # of every stage; the first word is one of two
+    assert middle == pytest.approx([math.log(2) / n for n in (5, 4, 3)] + [0, 0])
 
 
 def test_claims_by_hand():

@@ -485,24 +485,6 @@ def test_finished_rows_are_not_computed():
     assert sizes[0] == 2 and sizes[1:] == [1, 0] and calls == sum(sizes) / 2
 
 
-@pytest.mark.parametrize("temp", [0.0, 1.0])
-@pytest.mark.parametrize("eos", ["token", "last"])
-def test_end_of_text_is_told_when_it_may_be(eos, temp):
-    """A stub proposes EOS with .99 at some places, words with .6 at the others."""
-    p = torch.tensor([[0.001, 0.99, 0.009], [0.6, 0.0001, 0.3999]]).log()[torch.tensor([0, 0, 1, 0, 1])]
-    torch.manual_seed(0)
-    x, when, _ = llada.diffuse(Stub(3, lambda z: p.expand(len(z), -1, -1)), torch.zeros(200, 1).long(),
-                               4, config(eos=eos, temp=temp, n_denoise=4))
-    assert EOS == 1
-    early = []
-    for tokens, steps in zip(x[:, 1:], when[:, 1:]):
-        ends, words = steps[tokens == EOS], steps[tokens != EOS]
-        if len(ends) == 2:
-            assert eos == "token" or ends.min() > words.max()
-            early.append((ends.max() < words.min()).item())
-    assert len(early) > 100 and sum(early) >= (0.95 if eos == "token" else 0) * len(early)
-
-
 def test_all_steps_share_one_compiled_graph():
     graphs = []
 
@@ -512,7 +494,7 @@ def test_all_steps_share_one_compiled_graph():
 
     torch._dynamo.reset()
     step = torch.compile(llada.reveal, fullgraph=True, dynamic=False, backend=counting)
-    cfg = config(temp=0.0, eos="last", sure=0.0)
+    cfg = config(temp=0.0, sure=0.0)
     x, logits = torch.full((3, 6), 4), torch.randn(3, 6, 4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (1, 3, 2):

@@ -216,14 +216,19 @@ def test_gathered_second_pass_is_the_dense_one_and_overflow_stops(room):
 
 
 def arms_at_start(monkeypatch, tmp_path, base, names):
-    """{arm: (model, labels)} at the start of training, all of which is left out."""
+    """{arm: model at the start of training} and labels; training just turns all signs of logits."""
     found = {}
+
+    def train(arm, model, cfg, run):
+        found[arm] = copy.deepcopy(model)
+        model.head.weight.data.neg_()
+        return [dict(seconds=1)]
+
     monkeypatch.setattr(tah, "pretrain", lambda cfg, run: base)
-    monkeypatch.setattr(tah, "train", lambda arm, model, cfg, run: found.update(
-        {arm: copy.deepcopy(model)}) or [dict(seconds=1)])
+    monkeypatch.setattr(tah, "train", train)
     monkeypatch.setattr(tah, "decide_all", lambda model, labels, cfg, run: found.update(
         labels=labels) or {})
-    cfg = tah.Config(**SMALL | dict(only=names, out=str(tmp_path)))
+    cfg = tah.Config(**SMALL | dict(only=names, out=str(tmp_path), steps=20))
     results = tah.experiment(cfg, argparse.Namespace(load=False, out=tmp_path, **vars(run_on(cfg))))
     assert list(results) == names.split(",")
     return found
@@ -231,10 +236,15 @@ def arms_at_start(monkeypatch, tmp_path, base, names):
 
 def test_all_arms_start_from_the_base(monkeypatch, tmp_path):
     base, idx = build(seed=7, think="none"), tokens()
-    names = "standard_long,standard_wide,always,tah,current"
+    names = "standard_long,standard_wide,always,always_duo,tah,iter1,current"
     found = arms_at_start(monkeypatch, tmp_path, base, names)
-    for arm in ("standard", *names.split(",")):
-        same(found[arm].passes(idx)[0], base.passes(idx)[0])
+    for arm in ("standard", *names.split(",")):     # the long one starts where standard ends
+        sign = -1 if arm == "standard_long" else 1
+        same(found[arm].passes(idx)[0], sign * base.passes(idx)[0])
+    cfgs = {arm: found[arm].cfg for arm in ("standard", *names.split(","))}
+    assert {c.steps for c in cfgs.values() if c.think != "none"} == {10}
+    assert [arm for arm, c in cfgs.items() if c.visible == "current"] == ["always", "current"]
+    assert [arm for arm, c in cfgs.items() if c.think == "all"] == ["always", "always_duo"]
     wide = found["standard_wide"]
     assert wide.blocks[0].mlp.fc.weight.shape == (64 + 78, 16)
     wide.passes(idx)[0].square().sum().backward()
@@ -291,7 +301,7 @@ def test_labels_stand_where_the_first_guess_of_the_reference_is_wrong(monkeypatc
     found = arms_at_start(monkeypatch, tmp_path, build(seed=7, think="none"), "tah")
     reference, cfg = found["standard"], tah.Config(**SMALL)
     batch = tah.make_batch(cfg, "val", 0)
-    guess = reference.passes(batch["idx"])[0].argmax(-1)
+    guess = reference.passes(batch["idx"])[0].argmin(-1)     # after training, of itself only
     assert found["labels"](batch).tolist() == [
         [bool(guess[b, t] != batch["idx"][b, t + 1]) for t in SLOTS] for b in range(4)]
     other = batch["targets"].clone()
@@ -424,6 +434,49 @@ def test_always_thinking_decodes_too():
 # ---- The decider
 
 
+def test_rows_of_other_decisions(monkeypatch):
+    """Who goes on is counted from the scores: above c_thr means a score over log(c / (1 - c))."""
+    model, cfg = build(n_soft=4), tah.Config(**SMALL | dict(n_soft=4, room=3, eval_batches=5))
+    weight, run, scores = torch.randn(52), run_on(cfg), []
+    decider = lambda x: 0.3 * (x @ weight)
+    labels = lambda batch: (batch["targets"] % 3 == 0) | (batch["kind"] == 2)
+    monkeypatch.setattr(tah, "fit_decider", lambda *_: decider)
+    monkeypatch.setattr(tah.timeit, "timeit", lambda job, number: 0.0)
+    m = tah.decide_all(model, labels, cfg, run)
+    batches = [tah.make_batch(cfg, "val", i) for i in range(5)]
+    for batch in batches:
+        model.passes(batch["idx"], lambda x: scores.append(decider(x)) or some(4), 1)
+    scores, marked = torch.cat(scores), torch.cat([labels(batch) for batch in batches])
+    above = lambda c: scores > (math.log(c / (1 - c)) if 0 < c < 1 else math.inf * (c - 0.5))
+    share = lambda go, room=Q: 100 * go.sum(1).clamp(max=room).double().mean().item() / Q
+    want = {f", c_thr = {c}": share(above(c)) for c in (1, 0.95, 0.5, 0)}
+    want |= {"": share(above(cfg.c_thr), 3), ", labels (uses the answer)": share(marked)}
+    assert {way: row["went_all"] for way, row in m["rows"].items()} == pytest.approx(want)
+    assert m["went_all"] == pytest.approx(want[""]) and len(set(want.values())) == 6
+    once = tah.examine(model, cfg, run)
+    same(m["rows"][", c_thr = 1"]["loss"], once["loss"])
+    assert m["loss"] != m["rows"][", c_thr = 0.5"]["loss"]
+
+
+def test_rows_without_a_decider_and_the_passes_of_training(monkeypatch):
+    """Two guesses are the best of all passes; hard questions alone go on, whatever labels say."""
+    monkeypatch.setattr(tah.timeit, "timeit", lambda job, number: 0.0)
+    for think, went in [("none", [0, 0]), ("labels", [0, 100]), ("all", [100, 100])]:
+        model = build(std=0.5, think=think)
+        cfg = tah.replace(model.cfg, eval_batches=5)
+        m = tah.evaluate(model, cfg, run_on(cfg))
+        assert [m["went_easy"], m["went_hard"]] == went
+        if think != "labels":
+            rows = tah.decide_all(model, None, cfg, run_on(cfg))["rows"]
+            assert [*rows] == ["", ", two guesses (uses the answer)"]
+            hits = torch.cat([(model.passes(batch["idx"], think == "all", T)[0][:, SLOTS].topk(
+                2).indices == batch["targets"][..., None]).any(2) for batch in (
+                    tah.make_batch(cfg, "val", i) for i in range(5))])
+            guesses = rows[", two guesses (uses the answer)"]["all"]
+            assert guesses == pytest.approx(100 * hits.double().mean().item())
+            assert guesses > rows[""]["all"]
+
+
 def deciding(hard, x):
     """A decider that learns these labels (n, Q) from features x (n, Q, F), shown 20 times."""
     cfg = tah.Config(**SMALL | dict(n_fit=20 * len(hard), batch_size=len(hard)))
@@ -459,6 +512,15 @@ def test_fitting_the_decider_leaves_the_model_alone():
         model.passes(idx, lambda x: found.append(x) or go, Q)
     assert torch.equal(*found) and found[0].shape == (3, Q, 64)
     assert torch.equal(score(found[0]), score(found[1]))
+
+
+def test_the_decider_learns_from_questions_of_its_own(monkeypatch):
+    """As many as the flag says, and none of them is trained on or evaluated."""
+    cfg, seen, make = tah.Config(**SMALL | dict(n_fit=10)), [], tah.make_batch
+    monkeypatch.setattr(tah, "make_batch", lambda c, split, step: seen.append(
+        (split, step)) or make(c, split, step))
+    tah.fit_decider(build(), lambda batch: batch["kind"] == 2, cfg, run_on(cfg))
+    assert seen == [("fit", 0), ("fit", 1), ("fit", 2)]
 
 
 def test_features_are_three_states_and_the_largest_logits():
