@@ -5,7 +5,7 @@ Run: python hrpo.py (about four minutes on two CPU cores).
 
 A model that thinks aloud samples a word and reads it at the next step; what else it believed is
 lost. Here it reads a blend of that word with the mean of all words, weighted by probability. Words
-are still sampled, so policy gradients work without written thoughts. A gate per channel decides.
+are still sampled, so policy gradients work; no example shows a blend. A gate per channel decides.
 
 (1)  p_j = softmax(logits),  y_j ~ p_j: the word,  e_j = W_e[y_j]
 (2)  h_j = W_e^T p_j / |p_j|_2: the mixture, a constant: no gradient reaches p_j
@@ -15,13 +15,13 @@ are still sampled, so policy gradients work without written thoughts. A gate per
      hybrid: so | self: h_j = e_j | mean: h_j alone | token: e_j alone, GRPO | other: h_j of others
 (6)  A = (R - mean R) / (std R + 1e-4) in a group of g | drgrpo: no std | rloo: times g / (g - 1)
 (7)  k3 = exp(d) - d - 1,  d = log pi_ref(y_j | words) - log pi(y_j | words and mixtures)
-(8)  loss = mean over rollouts of 1/|y| sum_j [beta k3 - A pi(y_j) / stopgrad(pi(y_j))]
-(9)  hidden ratio = sqrt(1 - (mean_channels a)^2);  decay alone: Lambda = Lambda_0 prod (1 - 0.1 lr)
-(10) FLOPs of a word = L (24 C^2 + 4 T C) + 2 C V, a part of the prompt's, 4 C^2 + 2 C V for (2)-(5)
+(8)  loss = mean of 1/|y| sum_j [beta k3 - A pi(y_j) / stopgrad(pi(y_j))] | drgrpo, rloo: 1/n
+(9)  hidden ratio = sqrt(1 - (mean_channels a)^2);  decay alone: Lambda_0 prod (1 - 0.1 lr_Lambda)
+(10) FLOPs of a word = (P/g + n - 1)/n L (24 C^2 + 4 T C) + 2 C V; more: (2) 2 C V, (3) 4 C^2
 
 y, p `y` `p` | W_e `embed` | W, b `ThoughtGate.W` `.b` | g `group` | pi_ref `reference`
-V VOCAB words | B questions, R rollouts, P words of a prompt, n `n_new` of an answer, T slots of a
-cache | C `n_embd`, nh heads, hs head size | pi: what voters think, k of them, M classes; Q, S, N
+V VOCAB words | B questions, R rollouts ((6): rewards), P words of a prompt, n `n_new` of an answer
+T slots of a cache | C `n_embd` | pi in section 2: what k voters think of M classes; Q, N questions
 
 What it shows. Examples teach to write a vote for each of six voters, drawn from what the voter
 thinks of a topic (pi), then # and the plurality. Rewarded is another answer: the class with the
@@ -36,13 +36,13 @@ so that distributions matter: it isolates the mechanism, it replicates no gain o
   C4 hidden ratio, gain of hrpo      0.282 +- 0.018  needed >= 0.03, holds on 3 of 3
   C4 minus gain of selftok           0.448 +- 0.011  needed >= 0, holds on 3 of 3
   C5 sure voters, |gain| - interval  0.000 +- 0.000  needed <= 0, holds on 2 of 3
-Gains over grpo and selftok, greedy and sampled; 95 % intervals, over questions. interp is as good.
+Gains over grpo and selftok, 95 % intervals over questions. interp: as good greedy, better sampled.
 
 What the paper leaves open. It prints softplus(Lambda); with the start in its code (Yueeeeeeee/HRPO,
 ThinkingResidualLambda) that would open the gate at once. The code's weight decay opens it by itself
 (dotted in the picture); here there is none. Mixtures are stored and replayed in one pass, so that
 the gradient is biased; k3 has that of KL(ref || pi). W_e is frozen, all else trains. Left out: the
-forked maze (no gain was seen there), LoRA, hidden states as inputs, top-k mixtures.
+forked maze (no gain was seen), LoRA, hidden states as inputs, top-k mixtures, temperature 0.5.
 
 Exercises
   1. --r_min 0.95, the paper's: what are mixtures worth if the gate hardly opens in 160 steps?
