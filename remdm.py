@@ -1,7 +1,7 @@
 """ReMDM: a masked diffusion model may mask a token again and repair it, without being retrained.
 
 Wang, Schiff, Sahoo, Kuleshov, "Remasking Discrete Diffusion Models with Inference-Time Scaling",
-arXiv 2503.00307. Run: python remdm.py (four minutes on two CPU cores).
+arXiv 2503.00307. Run: python remdm.py (three minutes on two CPU cores).
 
 Masked diffusion (MDLM) starts from masks only and unmasks tokens in random order, each drawn from
 what the network says at that moment. A mistake made early, when little was visible, stays. ReMDM
