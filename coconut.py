@@ -46,8 +46,7 @@ coconut#29, on GPT-2). The stage belongs to a sequence: one graph serves all. r 
 <eot> only announces the answer, the optimiser survives a new stage: Ber666/reasoning-by-
 superposition, where node numbers betray the root. Left out: ProsQA, trees, two tokens per edge.
 
-Exercises
-  1. --n_branch 3: which line does CoT meet now, and how is the mass of z_1 shared?
+Exercises: 1. --n_branch 3: which line does CoT meet now, and how is the mass of z_1 shared?
   2. --full: which of deep, looped, icot, no_thought, no_curriculum comes near coconut, and why?
 
 New here: QUESTION, THINK, STOP, PAUSE, KINDS, grow, Coconut, answer_flops, reply, two_way, probe,
@@ -703,7 +702,7 @@ def plot(cfg, run, results):
     """Draws NAME.png: accuracies, losses with their floors, and what the thoughts hold."""
     arms, D, b, figure = results["arms"], cfg.n_hop, cfg.n_branch, Figure(figsize=(24, 14))
     bars, stages, curves, masses, spread = figure.subplot_mosaic("AAABBCCC;DDDDEEEE").values()
-    m, done = arms.get("coconut", {}), torch.linspace(0, 1, 400)
+    m, done, x, base = arms.get("coconut", {}), [i / 99 for i in range(100)], torch.arange(D) + 1, 0
     rates = {arm: arms[arm]["two_way"] for arm in arms} | m.get("swapped", {})
     colors = [STYLES[arm]["color"] if arm in STYLES else "#999999" for arm in rates]
     bars.bar_label(bars.bar(list(rates), list(rates.values()), color=colors), fmt="%.2f")
@@ -713,15 +712,14 @@ def plot(cfg, run, results):
         rows, note = arms[arm]["history"], f"{arm}, in the end {arms[arm]['excess']:.2f} above"
         curves.plot([r["step"] for r in rows], [r["loss"] for r in rows], **STYLES[arm], label=note)
         stages.plot(arms[arm].get("by_stage", []), **STYLES[arm])
-    floor = [math.log(b) / (D + 1 - k) * (k < D - 1) for k in map(cfg.stage, done.tolist())]
-    curves.plot(done * arms[list(arms)[0]]["steps"], floor, color="#cc79a7", label="floor")
-    curves.set(xlabel="training step", ylabel="loss (nats)", ylim=(0, 1), title="Loss and floor")
+    floor = [math.log(b) / (cfg.lengths(k)[1] + 1) * (k < D - 1) for k in map(cfg.stage, done)]
+    curves.plot([x * arms[list(arms)[0]]["steps"] for x in done], floor, "#cc79a7", label="floor")
+    curves.set(xlabel="training step", ylabel="loss (nats)", ylim=(0, 1.6))
     stages.set(xlabel="thoughts; the other steps are words", xticks=range(D + 1))
     for panel in (bars, stages):
         panel.axhline(0.5, color="#999999", linestyle="--", label="coin flip")
         panel.axhline((1 + 1 / b) / 2, color="#cc79a7", linestyle=":", label="a branch is guessed")
         panel.set(ylabel="share of answers that prefer t to t'", ylim=(0, 1.2))
-    x, base = torch.arange(D) + 1, torch.zeros(D)
     for i, (kind, (color, mark, label)) in enumerate(KINDS.items() if "mass" in m else ()):
         masses.bar(x, m["mass"][kind], 0.8, base, color=color, hatch=mark, label=label)
         base = base + torch.tensor(m["mass"][kind])
@@ -730,10 +728,11 @@ def plot(cfg, run, results):
     if "mass" in m:
         stages.set_title(f"{m['by_stage'][0]:.2f} in words, {m['by_stage'][-1]:.2f} in thoughts")
         masses.set_title(f"z_1 holds r's children: {m['frontier'][0]:.2f} of its mass")
-        spread.set_title(f"Frontier against all others: AUC {min(m['auc']):.3f} or more")
+        spread.set_title(f"Frontier against all others: least AUC {min(m['auc']):.3f}")
+        curves.set_title(f"coconut ends {m['excess']:.2f} nats above its floor")
     masses.set(xlabel="thought", ylabel="probability, read as words", xticks=x, xlim=(0.5, D + 2))
     spread.set(xlabel="thought", ylabel="logits of nodes: median, 5 % to 95 %", xticks=x)
-    for panel in (bars, curves, masses):
+    for panel in (bars, curves, masses)[: 2 + ("mass" in m)]:
         panel.legend(loc="upper left" if panel is bars else "upper right")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=70))

@@ -37,7 +37,6 @@ What it shows. Held-out facts are only stated. Excess: bound / truth - 1; indepe
 
 Its code reads c at the token drawn, as here: that biases samples. Left out: random lengths, EOS.
 Exercises. --full: few facts taught, what is left? --corpus FILE --show: which letters come first?
-
 New here: BOS, EOS, IS, ASK, NEXT, BACK, SAY, A, B, FACTS, fact_documents, WORDS, log_prob,
 read_words, documents, vocabulary, mask_tokens, LLaDA, pick, reveal, diffuse, autoregress, score,
 sample_rows, LOW, RANDOM, show_steps
@@ -706,8 +705,8 @@ def plot(cfg, run, results):
                                     0.4, color=color, ec="w", hatch=["//", ""][i], label=name))
             told.append(f"{name} {m['reverse']:.0%}")
         if some := [row for k, row in rows.items() if k.startswith(f"{name} N=")]:
-            words.semilogx([r["nfe"] for r in some], [100 * r["words"] for r in some], lw=3, ms=10,
-                           color=color, marker="  *vo^s"[i],
+            words.semilogx([r["nfe"] for r in some], [100 * r["words"] for r in some], base=2,
+                           color=color, marker="  *vo^s"[i], lw=3, ms=10,
                            label="{}: {entropy:.2f}, {seconds:.1f} s".format(name, **some[-1]))
             words.legend(title="entropy and seconds with most calls (low: surest first)")
     bars.axhline(100 / cfg.n_fact, color="#999999", linestyle="--", label="chance")
@@ -715,6 +714,7 @@ def plot(cfg, run, results):
              ylim=(0, 119), title="Asked in reverse: " + ", ".join(told), ylabel="recalled (%)")
     bars.legend(loc="upper center", ncols=3)
     words.set(xlabel="calls (NFE)", ylabel="legal words (%)")
+    words.xaxis.set_major_formatter("{x:.0f}")
     if LOW in (m := arms.get("llada", {})):
         words.set_title(f"Greedy: surest first {m[LOW]:.0%}, at random {m[RANDOM]:.0%} legal words")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)

@@ -712,7 +712,7 @@ def plot(cfg, run, results):
     (by_level, by_depth, bars), gaps = figure.subplots(1, 3), []
     for arm in [arm for arm in STYLES if arm in arms]:
         by_level.plot(arms[arm][f"{task} levels"], **STYLES[arm], label=arm)
-    best = ", ".join(f"{arm} {arms[arm][f'{task} reach']}" for arm in STYLES if arm in arms)
+    best = ", ".join(f"{a} {arms[a][f'{task} reach']}" for a in ("looped", "deep") if a in arms)
     by_level.set(xlabel="level (chain: hops)", ylabel="accuracy", title=f"Solved to level: {best}")
     for arm, others in [("looped", ["1x2", "1x3"]), ("deep", ["2x1", "3x1"])]:
         some = [arms[name] for name in ["shallow", *others, arm] if name in arms]
@@ -734,7 +734,7 @@ def plot(cfg, run, results):
             bar = bars.bar(f"{arm}\n{name}", arms[prefix + arm][name], color=STYLES[arm]["color"])
             bars.bar_label(bar, fmt="%.2f")
         gaps += [f"{percent_gap(arms, name, prefix):.0f} % in {name}"] if len(trio) == 3 else []
-    bars.set(ylabel=by_depth.get_ylabel(), title="Gain of loops / of depth: " + ", ".join(gaps))
+    bars.set(ylabel=by_depth.get_ylabel(), title="Loops for depth: " + ", ".join(gaps))
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=12)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=80))
 

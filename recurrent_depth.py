@@ -718,23 +718,23 @@ def plot(cfg, run, results):
         y = (arms[arm]["curves"][-1]["accuracy"] * R_TEST)[:R_TEST]     # without a loop: constant
         parts.plot(r, y, color=color, marker=marker, markevery=3, label=f"{arm} {y[-1]:.2f}")
     solved = ", ".join(arm for arm in arms if arms[arm]["n48_r64"] > 0.95) or "no arm"
-    if m := arms.get("recurrent"):
+    if m := arms.get("recurrent") if cfg.rbar else None:                # without a loop: no curves
         for i, (color, marker) in enumerate(zip(STYLES, "osD")):
             curve, style = m["curves"][i], dict(color=color, marker=marker, markevery=3)
             lengths.plot(r, curve["accuracy"], label=f"n = {n[i]}", **style)
             lengths.plot(r, curve["ceiling"], ":", color=color)
             lengths.axvline(m["exit_steps"][i], color=color, linestyle="--")
             for states in m["orbits"]:
-                x, y = zip(*(points[i] for points in states))
-                orbit.plot(x, y, **style)
-            orbit.plot(x[-1], y[-1], "*", color=color, ms=28, label=f"x_{(1, n[2] // 2, n[2])[i]}")
+                orbit.plot(*zip(*(points[i] for points in states)), **style)
+            orbit.plot(*states[-1][i], "*", color=color, ms=28, label=f"x_{n[2] * i // 2 or 1}")
         parts.plot(r, curve["ceiling"], ":", color="#000000", label="ceiling")
     lengths.set(title="Accuracy climbs along its ceiling (dotted); dashed: exit")
     parts.set(title=f"n = {n[2]} is solved by {solved}")
     for panel in (lengths, parts, orbit) if m else (parts,):
         panel.set(xlabel="iterations r", ylabel="accuracy of the running products")
         panel.legend(loc=(0.62, 0.47) if panel is parts else "best")    # clear of all curves
-    orbit.set(title="Two initial states, one end (star)", xlabel="first main axis", ylabel="second")
+    apart = max(map(math.dist, *(states[-1] for states in m["orbits"]))) if m else math.nan
+    orbit.set(title=f"Two starts end {apart:.2f} apart (stars)", xlabel="axis 1", ylabel="axis 2")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=100))
 

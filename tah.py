@@ -14,7 +14,6 @@ which are wrong. Only these take a second one: with a LoRA, the prediction as in
 (8)  L1 = mean of -log softmax(logits_i)[next token]
 (9)  L2 = -mean of w g_i log c_i + (1 - g_i) log(1 - c_i),  g_i = [d_i = 2], w = #stop / #go on
 (10) FLOPs = L (24 (T + K) C^2 + 4 (T^2 + T K + K^2) C + 24 r C^2) + 2 C ((T + K) V + K k) + decider
-
 E `embed` | A, B `A` `B` | k `n_soft` | r `rank` | d_i = 2 `go` | g `hard` | K `room` | T `seq_len`
 C `n_embd` | L `n_layer` | V `IDS` | hs head size, B batch, N rows, Q questions, F features, n keys
 
@@ -729,9 +728,9 @@ def plot(cfg, run, results):
         x = [row[kind] for row in rows.values()]
         panel.plot(x, [*rows], **style, linestyle="", markersize=14, alpha=0.8, label=label)
     panel.axvline(100 / 7, color="#999999", linestyle="--", label="guess at hard ones")
-    panel.invert_yaxis()
     panel.legend(loc="center", title="right answers, except x")
-    panel.set(xlabel="percent", title=f"{best}: {arms[best]['hard']:.0f} % of hard answers right")
+    title = "{} sends {went_all:.0f} % of names on: {hard:.0f} % of hard answers right"
+    panel.set(xlabel="percent", ylim=(len(rows) - 0.5, -1), title=title.format(best, **arms[best]))
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=12)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=80))
 

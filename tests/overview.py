@@ -81,7 +81,7 @@ def draw(folder, order):
     tally.invert_yaxis()
     tally.set(title=f"{sum(seeds[0])} of {sum(left)} claims hold on all seeds", xlabel="claims",
               xlim=(0, 2.4 * max(left)))
-    tally.legend(loc="center right")
+    tally.legend(loc="upper right")
     for panel in panels[len(names) + 1 :]:
         panel.remove()
     figure.savefig(folder / "overview.png", dpi=70)

@@ -10,6 +10,7 @@ Finished seeds of an unchanged script are kept in out/evidence and not run again
 
 import ast
 import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -28,13 +29,16 @@ CELLS = re.compile(r"(<!-- (\w+): (.+?) -->).*?(<!-- end -->)")       # of one s
 
 
 def fingerprint(path):
-    """SHA-256 of a script's syntax tree without docstrings, comments and what only a compiled run
-    executes: the evidence is of runs on a CPU, which are not compiled."""
+    """SHA-256 of a script's syntax tree without docstrings, comments and what can change no number:
+    `plot`, which draws the results when they are written, and what only a compiled run executes:
+    the evidence is of runs on a CPU, which are not compiled."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         owner = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if owner and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
+        if isinstance(node, ast.FunctionDef) and node.name == "plot":
+            node.body, node.decorator_list = [], []
         if isinstance(node, ast.If) and ast.unparse(node.test) == "run.compile":
             node.body = []
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
@@ -64,6 +68,15 @@ def run(path, seed):
         subprocess.run(line, cwd=ROOT, check=True)
         mark.touch()
     return json.loads((out / "results.json").read_text())
+
+
+def draw(path, seed):
+    """Draws NAME.png of a finished run by the present `plot`, and stores it."""
+    out, script = folder(path, seed)[0], importlib.import_module(path.stem)
+    results = run(path, seed)
+    cfg = script.Config(**results["config"] | {"out": str(out)})
+    script.plot(cfg, script.Run(cfg), results)
+    shutil.copyfile(out / f"{path.stem}.png", RESULTS / f"{path.stem}.png")
 
 
 def spread(values):
@@ -152,7 +165,7 @@ def main(argv):
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{path.stem}.json").write_text(json.dumps(summary, indent=1) + "\n")
         path.write_text(fill(path.read_text(), summary["claims"]))
-        shutil.copyfile(folder(path, 1)[0] / f"{path.stem}.png", RESULTS / f"{path.stem}.png")
+        draw(path, seed=1)
     overview.draw(RESULTS, SCRIPTS)
     readme = ROOT / "README.md"
     readme.write_text(rewrite(readme.read_text()))

@@ -662,3 +662,9 @@ def test_fields_that_do_not_fit_are_refused(flags):
     with pytest.raises(ValueError, match=next(iter(flags))):
         config(**flags)
     assert copy.copy(config(group=0)).n_new == 6
+
+
+def test_a_run_without_rewards_is_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        hrpo.main(["--smoke", "--group", "0", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "group=0" in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -271,6 +271,17 @@ def test_picture_is_a_png_of_a_readable_size(script, smoke):
     assert int.from_bytes(data[16:20], "big") >= 600
 
 
+def test_picture_follows_from_results_json_alone(script, smoke, tmp_path):
+    """So it may be drawn again from stored numbers, as tests/reproduce.py does."""
+    results = json.loads((smoke.out / "results.json").read_text())
+    before = copy.deepcopy(results)
+    cfg = script.Config(**results["config"] | {"out": str(tmp_path)})
+    script.plot(cfg, script.Run(cfg), results)
+    assert results == before
+    drawn, stored = (folder / f"{script.NAME}.png" for folder in (tmp_path, smoke.out))
+    assert drawn.read_bytes() == stored.read_bytes()
+
+
 def test_results_have_the_promised_keys_and_a_smoke_run_judges_nothing(script, smoke):
     results = smoke.results
     assert set(results) >= {"script", "config", "environment", "arms", "claims", "seconds"}

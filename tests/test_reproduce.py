@@ -50,15 +50,16 @@ def test_time_left_adds_up_what_runs_took_before(tmp_path, monkeypatch):
 
 
 def test_fingerprint_sees_what_an_evidence_run_executes_and_nothing_else(tmp_path):
-    """Not docstrings and comments, and not what only a compiled run does."""
+    """Not docstrings and comments, and not the picture or what only a compiled run does."""
     marks = []
-    for text in ('"""A."""\nif run.compile:\n    f(1)\nx = 1\n',
-                 '"""B."""\nif run.compile:\n    g(2)\nx = 1  # one\n',
-                 '"""A."""\nif run.compile:\n    f(1)\nx = 2\n',
-                 '"""A."""\nif run.load:\n    f(1)\nx = 1\n'):
+    for text in ('"""A."""\nif run.compile:\n    f(1)\nx = 1\ndef plot(a):\n    b(3)\n',
+                 '"""B."""\nif run.compile:\n    g(2)\nx = 1  # one\n@c\ndef plot(a):\n    b(4)\n',
+                 '"""A."""\nif run.compile:\n    f(1)\nx = 2\ndef plot(a):\n    b(3)\n',
+                 '"""A."""\nif run.load:\n    f(1)\nx = 1\ndef plot(a):\n    b(3)\n',
+                 '"""A."""\nif run.compile:\n    f(1)\nx = 1\ndef report(a):\n    b(3)\n'):
         (tmp_path / "a.py").write_text(text)
         marks.append(reproduce.fingerprint(tmp_path / "a.py"))
-    assert marks[0] == marks[1] and len(set(marks)) == 3
+    assert marks[0] == marks[1] and len(set(marks)) == 4
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
