@@ -325,6 +325,17 @@ def test_noise_ranks_for_the_router_random_alone(training):
         assert torch.equal(*(model(idx, noise)[3] for noise in two)) == same_tokens
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_router_random_follows_the_noise_of_each_pass(training):
+    noise = noises(3)
+    keep = build(router="random").train(training)(tokens(3), noise)[3]
+    for b in range(3):
+        candidates = range(24)
+        for r, k in enumerate((24, 16, 8)):
+            candidates = sorted(candidates, key=lambda t: -noise[b, r, t].item())[:k]
+            assert keep[r, b].nonzero().squeeze(1).tolist() == sorted(candidates)
+
+
 @pytest.mark.parametrize("update", ["delta", "paper"])
 def test_gradient_of_a_score_has_the_closed_form(update, monkeypatch):
     model, idx, noise = build(update=update).train(), tokens(2), noises(2)
@@ -692,12 +703,28 @@ def test_uniform_makes_as_many_passes_in_all_as_mor(n_loop, warm):
     assert uniform.steps * uniform.n_loop == pytest.approx(passes, abs=uniform.n_loop)
 
 
-def test_flops_of_training_count_the_warm_up_only_where_there_is_one(tmp_path):
-    flags = ["--smoke", "--only", "mor", "--router", "token", "--out", str(tmp_path)]
-    m = mor.main(flags)["arms"]["mor"]
-    cfg = mor.parse_args(flags)
+@pytest.mark.parametrize("router, warm", [("expert", 0.4), ("token", 0.0)])
+def test_flops_of_training_count_the_warm_up_only_where_there_is_one(router, warm, tmp_path):
+    flags = ["--smoke", "--only", "mor", "--router", router, "--out", str(tmp_path)]
+    m, cfg = mor.main(flags)["arms"]["mor"], mor.parse_args(flags)
+    model = mor.MoR(cfg)
+    flops = warm * model.flops(routed=False) + (1 - warm) * model.flops()
     tokens = m["steps"] * cfg.batch_size * cfg.seq_len
-    assert m["train_tflop"] == pytest.approx(3e-6 * m["mflops_per_token"] * tokens, rel=1e-9)
+    assert m["train_tflop"] == pytest.approx(3e-12 * flops * tokens, rel=1e-9)
+
+
+def test_step_time_is_taken_with_32_rows_at_both_widths(tmp_path, monkeypatch):
+    make_batch, sizes = mor.make_batch, []
+
+    def recording(cfg, split, step):
+        sizes.append((split, cfg.batch_size, cfg.n_embd))
+        return make_batch(cfg, split, step)
+
+    monkeypatch.setattr(mor, "make_batch", recording)
+    cfg = mor.Config(**SMALL | dict(batch_size=4), out=str(tmp_path))
+    found = mor.timings(build(), cfg, mor.Run(cfg), routed=True)
+    assert sizes == [("val", 32, 16), ("val", 1, 16), ("train", 32, 16), ("train", 32, 64)]
+    assert found["flop_ratio_wide"] > found["flop_ratio"] > 0
 
 
 @pytest.mark.parametrize("share", [1.0, 2.0])
