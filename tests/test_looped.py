@@ -521,3 +521,22 @@ def test_no_claim_is_measured_on_another_task(task, tmp_path):
 def test_impossible_sizes_are_refused(flags):
     with pytest.raises(ValueError, match=flags.split()[0].strip("-")):
         looped.parse_args(flags.split())
+
+
+def test_arms_have_equal_steps_and_the_sizes_of_equation_2(tmp_path, monkeypatch):
+    arms = {}
+    monkeypatch.setattr(looped, "select", lambda found, cfg, run: arms.update(found) or {})
+    cfg = looped.Config(out=str(tmp_path))
+    looped.experiment(cfg, looped.Run(cfg))
+    trio = {"shallow": (1, 1), "looped": (1, 6), "deep": (6, 1)}
+    sizes = trio | {"1x2": (1, 2), "1x3": (1, 3)} | {f"memory {arm}": size for arm, size in trio.items()}
+    assert {arm: (c.n_layer, c.n_loop) for arm, c in arms.items()} == sizes
+    assert {c.steps for c in arms.values()} == {cfg.steps}
+    for arm, c in arms.items():
+        memory = arm.startswith("memory")
+        assert (c.task, c.batch_size) == ("memory" if memory else "chain", cfg.batch_size * (4 if memory else 1))
+
+
+def test_no_two_facts_have_the_same_key():
+    cfg = looped.Config(task="memory", seq_len=3, n_facts=3000, batch_size=3000)
+    assert len(looped.make_batch(cfg, "train", 0)["idx"].flatten(1).unique(dim=0)) == 3000
