@@ -14,13 +14,13 @@ norm and head, and a linear classifier decides from a few numbers whether to sto
 (5)  svm: min over w, b of 0.001/2 |w|^2 + mean of c max(0, 1 - t (w . z_l + b))^2,  t = 2 y_l - 1
 (6)  stop after the first l with w . z_l + b > tau, else after L
 (7)  crf: p(y | z) = exp s(y) / sum_y' exp s(y'),  s(y) = sum_l y_l (w . z_l + b) + A[y_l-1, y_l]
-(8)  in place of w . z_l + b: log p(y_l = 1 | z_1..l) / p(y_l = 0 | z_1..l), from no later layer
-(9)  tau: the lowest of 401 quantiles at which validation loses at most `tolerance` points
+(8)  in place of w . z_l + b: log [p(y_l = 1 | z_1..l) / p(y_l = 0 | z_1..l)], from no later layer
+(9)  tau: the lowest of 401 quantiles of the scores that costs validation <= `tolerance` points
 (10) cost of a prompt: T l + rho looks, in layers at one position;  rho = 2 C V / (24 C^2 + 4 T C)
 
 l layer of L `n_layer` | z features `z` | w . z_l + b `u` | h `x`, h_0 normed embedding | W `head`
 c: both classes weigh the same | looks: heads computed | V `SIZE` | T `seq_len` | C `n_embd`
-B batch, R rows that go on, N prompts, K thresholds, Q questions
+A scores pairs of labels (l > 1) | B batch, R rows that go on, N prompts, K thresholds, Q questions
 
 What it shows (the oracle's row sees argmax P_L; without A0 all is void). Tasks: rule, a word's
 partner | mood, a majority | recall, the next in a ring | recall+rule, its partner | sum, mod 10.
@@ -29,17 +29,16 @@ partner | mood, a majority | recall, the next in a ring | recall+rule, its partn
   A1 layers saved, percent             21.036 +- 4.575  needed >= 15, holds on 3 of 3
   A2 mean exit: sum - mood, layers     4.491 +- 0.146  needed >= 1.5, holds on 3 of 3
   A2 mean exit: sum - rule, layers     1.596 +- 0.831  needed >= 1.5, holds on 2 of 3
-  A3 points: svm - fixed exits         11.755 +- 3.589  needed >= 3, holds on 3 of 3
-  A3 points: svm - random exits        11.038 +- 2.678  needed >= 5, holds on 3 of 3
-  A4 time / dense - layers run         0.031 +- 0.047  needed <= 0.1, holds on 3 of 3
-  A4 saved time / saved FLOPs          0.921 +- 0.251  needed >= 0.8, holds on 2 of 3
+  A3 points: svm - fixed exits         11.771 +- 3.525  needed >= 3, holds on 3 of 3
+  A3 points: svm - random exits        11.130 +- 2.720  needed >= 5, holds on 3 of 3
+  A4 time / dense - layers run         0.023 +- 0.014  needed <= 0.1, holds on 3 of 3
+  A4 saved time / saved FLOPs          0.937 +- 0.068  needed >= 0.8, holds on 3 of 3
   A5 points: svm - smaller model       -0.436 +- 0.025  needed <= 0.0, holds on 3 of 3
 A5 is a limit: `smaller`, with 3/4 of the layers, is trained alike. `gap`, tuned alike, needs no
 classifier. Layer 1 answers rule, but the next ones hide it. Token by token, looks cost more than
-they spare. What the paper leaves open (no code found): label, kernel, tau; KV of skipped blocks:
-later tokens make up for it, as in LayerSkip (facebookresearch; CALM in google-research/t5x takes
-the last state). Ours: smoothing, without which few stop; c; the square. Left out: sublayers' cos.
-Exercises: 1. --no-smoothing: how sure are early layers that are wrong? What does stopping save?
+they spare. Open in the paper: label, kernel, tau; KV of skipped blocks, here caught up later, as in
+LayerSkip. Ours: smoothing and weight decay 1, without which few stop; c; the square; z as it is.
+Exercises: 1. --no-smoothing --out out/sharp: gaps (left) and fixed exits (right)? What is saved?
 2. --eval_only --tolerance 2: what does a point of accuracy buy? And --rule crf, --features cos?
 New here: TASKS, SPLITS, EDGE, NODE, TAG, DIGIT, MOOD, FEEL, WORD, SIZE, FEATURES, LABELS,
 AdaInfer, svm_loss, crf_loss, chain, fit_classifier, first_stop, sweep, decode_early, read_split,
@@ -115,7 +114,7 @@ class Config:
 
     def __post_init__(self):
         check_common(self)
-        for low, name in (0, "tolerance"), (2, "n_layer"), (5, "batch_size"), (10, "seq_len"):
+        for low, name in (0, "tolerance"), (2, "n_layer"), (10, "batch_size"), (10, "seq_len"):
             at_least(self, low, name)
 
 SMOKE = dict(n_layer=4, n_head=2, n_embd=16, seq_len=11, batch_size=16, steps=4, warmup=2, lr=1e-3,
@@ -137,7 +136,7 @@ def make_batch(cfg, split, step):
     task = torch.bucketize((row + 0.5) / B, shares / shares[-1])    # (B,)
 
     rule = WORD + below(18, n)                                          # (B, n) the last asks
-    mind, margin, rank = below(2, 1), 1 + below(min(8, n), 1), shuffled(n)
+    mind, margin, rank = below(2, 1), 1 + below(8, 1), shuffled(n)
     fewer = below(n, 1) % ((n - margin) // 2 + 1)                       # (B, 1), of the other mind
     feel = FEEL + 2 * below(3, n) + torch.where(rank < fewer, 1 - mind, mind)
     mood = torch.where(rank < 2 * fewer + margin, feel, rule)           # (B, n) who prevails?
@@ -581,14 +580,16 @@ def measure(exits, data, dense, cfg, checked=False):
     return row | {name: depth[data["task"] == t].mean().item() for t, name in enumerate(TASKS)}
 
 def clock(model, idx, rule, tau):
-    """Milliseconds without and with stops: all in one batch; token by token for 8 prompts."""
-    few = idx[:8, None]                                                 # (8, 1, T)
-    jobs = {"ms_dense": lambda: model.infer(idx), "ms_stop": lambda: model.infer(idx, rule, tau),
-            "ms_decode_dense": lambda: [decode_early(model, one, 10) for one in few],
-            "ms_decode_stop": lambda: [decode_early(model, one, 10, rule, tau) for one in few]}
-    turns = [[1e3 * timeit.timeit(job, number=1) for job in jobs.values()] for _ in range(20)]
-    ms = dict(zip(jobs, map(min, zip(*turns))))
-    return ms | {"ms_ratio": ms["ms_stop"] / ms["ms_dense"]}
+    """Median ms without and with stops, and ratio: in one batch; token by token for 8 prompts."""
+    found, read = {}, lambda pairs: [answers.tolist() for answers, _ in pairs]  # waits for a GPU
+    ways = {"ms": lambda *by: read([model.infer(idx, *by)]), "ms_decode":
+            lambda *by: read(decode_early(model, x, 10, *by) for x in idx[:8, None])}   # (1, T)
+    for name, way in ways.items():      # in turn, so that a slow moment meets both
+        ms = torch.tensor([[1e3 * timeit.timeit(lambda: way(*by), number=1)
+                            for by in ((), (rule, tau))] for _ in range(40)])       # (40, 2)
+        ms = torch.cat([ms, ms[:, 1:] / ms[:, :1]], dim=1).median(0).values         # (3,)
+        found |= dict(zip((f"{name}_dense", f"{name}_stop", f"{name}_ratio"), ms.tolist()))
+    return found
 
 def compare(model, cfg, run):
     """All ways to stop on the test prompts. What they need to know comes from other prompts."""
@@ -599,20 +600,19 @@ def compare(model, cfg, run):
     scores = {name: rule(test["z"][:-1]) for name, (rule, _) in rules.items()}
     stops = {name: first_stop(scores[name] > tau) for name, (_, tau) in rules.items()}
     exits, full, n = stops[cfg.rule], torch.full_like(task, L), len(task)       # (N,)
-    as_deep = exits.double().mean() + torch.rand(n, generator=rng)      # (N,) floored: mean stays
-    right = [100 * val["right"][:, val["task"] == t].double().mean(1) for t in range(len(TASKS))]
-    enough = [r >= r[-1] - cfg.tolerance for r in right]                # (L,) of every task
+    at, u = torch.randperm(n, generator=rng), torch.rand(n, generator=rng)      # (N,)
+    right = [val["right"][:, val["task"] == t].double().mean(1) for t in range(len(TASKS))]
+    short = 100 * torch.stack([r[-1] - r for r in right])   # (5, L) of the last layer, in points
     ways = {"oracle, sees the answer": first_stop(test["guess"][:-1] == dense), "dense": full,
-            **stops, "random exits": exits[torch.randperm(n, generator=rng)],
-            "fixed, as deep": as_deep.long(), **{f"fixed {i}": full - L + i for i in range(1, L)},
-            "fixed, sees the task": torch.stack(enough).int().argmax(1)[task] + 1}
+            **stops, **{f"fixed {i}": full - L + i for i in range(1, L)}, "random exits": exits[at],
+            "fixed, as deep": (exits.double().mean() + u).long(),   # floored: the mean stays
+            "fixed, sees the task": (short <= cfg.tolerance).int().argmax(1)[task] + 1}
     rows = {name: measure(way, test, dense, cfg, name in rules) for name, way in ways.items()}
     kept = fit["z"][..., 2].mean(1).argsort()[:-1].sort().values    # ShortGPT: the largest cos goes
     cut = read_split(model, [model.blocks[i] for i in kept], cfg, run, *sizes[2])
     rows["one block cut"] = measure(full - 1, cut, dense, cfg)
-    lead = {f"over {name}": rows[cfg.rule]["accuracy"] - row["accuracy"]
-            for name, row in rows.items()}
-    ms = clock(model, test["idx"][:1024].to(run.device), rule, tau)
+    lead = {f"over {k}": rows[cfg.rule]["accuracy"] - m["accuracy"] for k, m in rows.items()}
+    ms = clock(model, test["idx"][at[:1024]].to(run.device), rule, tau)
     return {**rows[cfg.rule], **lead, **ms, "rows": rows,
             "curves": {w: sweep(scores[w], test["right"])[1:].tolist() for w in ("svm", "gap")},
             "gaps": [test["z"][:, task == t, 0].mean(1).tolist() for t in range(len(TASKS))]}
@@ -674,7 +674,7 @@ def report(cfg, run, arms, columns, claims, **more):
 
 def experiment(cfg, run):
     """Trains the model and a smaller one, and stops both early. Returns {arm: metrics}."""
-    results, arms = {}, {"adainfer": {}, "smaller": dict(n_layer=cfg.n_layer - cfg.n_layer // 4)}
+    results, arms = {}, {"adainfer": {}, "smaller": dict(n_layer=max(2, 3 * cfg.n_layer // 4))}
     arms |= {"tied": dict(tied=True)} if cfg.full else {}
     arms = {arm: scale(replace(cfg, **changes), 1) for arm, changes in arms.items()}
     for arm, c in select(arms, cfg, run).items():
@@ -696,8 +696,8 @@ CLAIMS = [  # name, measured from the arms, relation, needed; svm: what --rule n
     ("A3 points: svm - random exits", lambda a: a["adainfer"]["over random exits"], ">=", 5),
     ("A4 time / dense - share of layers run",
      lambda a: a["adainfer"]["ms_ratio"] - 1 + a["adainfer"]["saved"] / 100, "<=", 0.1),
-    ("A4 saved time / saved FLOPs",
-     lambda a: (1 - a["adainfer"]["ms_ratio"]) / (1 - a["adainfer"]["flops"]), ">=", 0.8),
+    ("A4 saved time / saved FLOPs", lambda a: (1 - a["adainfer"]["ms_ratio"])
+     / (1 - a["adainfer"]["flops"]) * (a["adainfer"]["flops"] < 1), ">=", 0.8),
     ("A5 points: svm - smaller model, not promised",
      lambda a: a["adainfer"]["accuracy"] - a["smaller"]["rows"]["dense"]["accuracy"], "<=", 0.0),
 ]
@@ -707,8 +707,8 @@ STYLES = {  # the same colour for the same role in every script, and a second cu
     "fixed exits": dict(color="#e69f00", linestyle="-.", linewidth=2.5, marker="s"),
 } | {task: dict(color=color, marker=mark, linewidth=3) for task, color, mark in zip(
     TASKS, "#0072b2 #e69f00 #009e73 #d55e00 #cc79a7".split(), "os^Dv")}
-MARKS = {"dense": "*", "svm": "o", "gap, tau = 0.8": "P", "random exits": "v", "one block cut": "X",
-         "smaller model": "D", "oracle, sees the answer": "^"}
+MARKS = {"dense": "*", "svm": "o", "crf": "p", "gap, tau = 0.8": "P", "random exits": "v",
+         "one block cut": "X", "smaller model": "D", "oracle, sees the answer": "^"}
 
 @matplotlib.rc_context({"font.size": 14, "figure.constrained_layout.use": True})
 def plot(cfg, run, results):

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,9 @@ def test_no_prompt_is_in_two_splits_and_only_training_depends_on_the_seed():
 def test_shares_of_the_tasks():
     assert prompts("train", batch_size=128)["task"].bincount().tolist() == [8, 12, 25, 31, 52]
     assert prompts("val", batch_size=100)["task"].bincount().tolist() == [20] * 5
+    assert (prompts("train", batch_size=10)["task"].bincount(minlength=5) > 0).all()
+    with pytest.raises(ValueError, match="batch_size=9 must be from 10"):
+        config(batch_size=9)    # without prompts of mood in training
 
 
 # ---- Features
@@ -555,7 +559,46 @@ def test_comparison_leaves_the_model_as_it_is_and_its_rows_are_consistent(tmp_pa
         hits = [100 * r[val["task"] == t].double().mean().item() for r in val["right"]]
         enough = next(i for i, hit in enumerate(hits, 1) if hit >= hits[-1] - cfg.tolerance)
         assert rows["fixed, sees the task"][name] == enough
-    assert m["ms_ratio"] == m["ms_stop"] / m["ms_dense"]
+
+
+def test_clock_is_the_median_of_turns_and_waits_until_every_answer_is_there(monkeypatch):
+    """On a GPU, an answer that nobody reads costs no time; a slow moment must not count."""
+    asked = read = 0
+
+    class Answers(torch.Tensor):
+        def tolist(self):
+            nonlocal read
+            read += 1
+            return super().tolist()
+
+    def answer(*_):
+        nonlocal asked
+        asked += 1
+        return torch.zeros(2, dtype=torch.long).as_subclass(Answers), None
+
+    monkeypatch.setattr(adainfer, "decode_early", answer)
+    seconds = itertools.cycle([8, 4, 10, 5, 400, 200, 4, 6, 2, 3])      # dense, stop, dense, ..
+    monkeypatch.setattr(adainfer.timeit, "timeit", lambda job, number: (job(), next(seconds))[1])
+    ms = adainfer.clock(SimpleNamespace(infer=answer), torch.zeros(8, 11), None, 0.0)
+    assert asked == read == 40 * (2 + 2 * 8)
+    assert ms == {f"{way}_{what}": value for way in ("ms", "ms_decode")
+                  for what, value in [("dense", 8000), ("stop", 5000), ("ratio", 0.5)]}
+
+
+def test_no_claim_about_savings_holds_where_nothing_is_saved():
+    measure = {claim[0]: claim[1] for claim in adainfer.CLAIMS}["A4 saved time / saved FLOPs"]
+    assert all(measure({"adainfer": dict(ms_ratio=ms, flops=flops)}) <= 0
+               for ms, flops in [(1.5, 1.2), (0.99, 1.01), (1.1, 0.9)])
+    assert measure({"adainfer": dict(ms_ratio=0.7, flops=0.6)}) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("n_layer, smaller", [(2, 2), (3, 2), (4, 3), (6, 4), (8, 6)])
+def test_smaller_model_has_three_quarters_of_the_layers(n_layer, smaller, tmp_path, monkeypatch):
+    arms = {}
+    monkeypatch.setattr(adainfer, "select", lambda found, cfg, run: arms.update(found) or {})
+    cfg = config(n_layer=n_layer, out=str(tmp_path))
+    adainfer.experiment(cfg, adainfer.Run(cfg))
+    assert {arm: c.n_layer for arm, c in arms.items()} == {"adainfer": n_layer, "smaller": smaller}
 
 
 @pytest.mark.parametrize("smoothing, share", [(True, 0.1), (False, 0.0)])
