@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tah
+from tests.quick import unpainted
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=16, seq_len=44, batch_size=4, steps=2, device="cpu")
 T, Q, V = 44, 9, tah.IDS
@@ -99,7 +101,7 @@ def by_hand(model, idx, go, visible="duo"):
     inputs = {}
     for t in [t for t in first if go[t]]:
         best = sorted(range(V), key=lambda v: -first[t][v])[: cfg.n_soft]
-        p = torch.tensor([math.exp(first[t][v] - first[t][best[0]]) for v in best])
+        p = torch.tensor([math.exp((first[t][v] - first[t][best[0]]).item()) for v in best])
         inputs[t] = sum(w * model.embed.weight[v] for w, v in zip(p / p.sum(), best))
     second = one_pass(inputs, 2)
     total = [first[t] + second[t] if t in second else first[t] for t in first]
@@ -215,7 +217,7 @@ def test_gathered_second_pass_is_the_dense_one_and_overflow_stops(room):
     same(z, model.passes(idx, lambda x: kept, T)[0])
 
 
-def arms_at_start(monkeypatch, tmp_path, base, names):
+def arms_at_start(monkeypatch, tmp_path, base, names, **changes):
     """{arm: model at the start of training} and labels; training just turns all signs of logits."""
     found = {}
 
@@ -228,7 +230,7 @@ def arms_at_start(monkeypatch, tmp_path, base, names):
     monkeypatch.setattr(tah, "train", train)
     monkeypatch.setattr(tah, "decide_all", lambda model, labels, cfg, run: found.update(
         labels=labels) or {})
-    cfg = tah.Config(**SMALL | dict(only=names, out=str(tmp_path), steps=20))
+    cfg = tah.Config(**SMALL | dict(only=names, out=str(tmp_path), steps=20) | changes)
     results = tah.experiment(cfg, argparse.Namespace(load=False, out=tmp_path, **vars(run_on(cfg))))
     assert list(results) == names.split(",")
     return found
@@ -250,6 +252,24 @@ def test_all_arms_start_from_the_base(monkeypatch, tmp_path):
     wide.passes(idx)[0].square().sum().backward()
     assert wide.blocks[1].mlp.proj.weight.grad[:, 64:].any()
     assert not any(B.any() for B in found["tah"].B) and all(A.any() for A in found["tah"].A)
+
+
+def test_arms_of_any_width_start_from_a_base_of_the_usual_one(monkeypatch, tmp_path):
+    """Also standard_wide, which has 78 hidden units more whatever --wider says."""
+    cfg, idx = tah.Config(**SMALL | dict(wider=79, eval_every=1, smoke=True)), tokens()
+    base = tah.pretrain(cfg, run_on(cfg))
+    assert base.blocks[0].mlp.fc.weight.shape == (64, 16)
+    found = arms_at_start(monkeypatch, tmp_path, base, "standard_wide,tah", wider=79)
+    for arm, more in [("standard", 79), ("standard_wide", 78), ("tah", 79)]:
+        assert found[arm].blocks[0].mlp.fc.weight.shape == (64 + more, 16)
+        same(found[arm].passes(idx)[0], base.passes(idx)[0])
+
+
+def test_flags_change_tah_and_not_its_controls(monkeypatch, tmp_path):
+    names = "always,always_duo,tah,iter1,current"
+    found = arms_at_start(monkeypatch, tmp_path, build(think="none"), names, visible="iter1")
+    assert [found[arm].cfg.visible for arm in names.split(",")] == [
+        "current", "duo", "iter1", "iter1", "current"]
 
 
 # ---- Causality and gradients
@@ -590,6 +610,33 @@ def test_the_leak_of_a_label():
     same(-(p * told.log()).sum(), entropy - bit)
 
 
+def test_time_saved_is_not_judged_where_no_flops_are_saved(tmp_path):
+    """As with --think all, which makes tah cost what always_duo does."""
+    cfg, verdicts = tah.Config(**SMALL | dict(out=str(tmp_path))), []
+    for mflops in (50, 100):
+        arms = {"tah": dict(mflops=mflops, ms_batch=6, ms_always=10, history=[dict(step=1)]),
+                "always_duo": dict(mflops=100, history=[dict(step=1)])}
+        claim = tah.report(cfg, tah.Run(cfg), arms, [], tah.CLAIMS)["claims"][-1]
+        verdicts.append((claim["measured"], claim["verdict"]))
+    assert verdicts == [(0.8, "holds"), (None, "not judged")]
+
+
+def test_guess_in_the_picture_is_one_of_the_values(tmp_path, monkeypatch):
+    for seq_len, values in [(44, 3), (86, 7), (110, 10)]:
+        cfg = tah.Config(**SMALL | dict(seq_len=seq_len, out=str(tmp_path)))
+        batch, figures = tah.make_batch(cfg, "val", 0), []
+        n = (seq_len - 14) // 6
+        content = batch["idx"][0, 2 : 2 + 3 * n : 3]        # names and values
+        assert (content >= tah.NAMES).sum() == values
+        monkeypatch.setattr(tah, "Figure", lambda make=Figure, **how: figures.append(
+            make(**how)) or figures[0])
+        row = dict(direct=99, trap=99, hard=90, went_all=20)
+        with unpainted():
+            tah.plot(cfg, tah.Run(cfg), dict(arms={"tah": row | dict(rows={"": row})},
+                                             environment=dict(device="cpu")))
+        assert figures[0].axes[0].lines[-1].get_xdata()[0] == pytest.approx(100 / values)
+
+
 # ---- Counts
 
 
@@ -705,10 +752,28 @@ def test_each_phase_of_the_base_ends_when_it_has_learned(monkeypatch):
     assert not list(answers)
 
 
+@pytest.mark.parametrize("eval_every, judged", [(3, [3, 4]), (4, [4]), (25, [4])])
+def test_the_base_is_always_judged_after_its_last_step(eval_every, judged, monkeypatch):
+    cfg, steps, found = tah.Config(**SMALL | dict(steps=1, eval_every=eval_every)), [], []
+    make = tah.make_batch
+    monkeypatch.setattr(tah, "make_batch", lambda c, split, step: steps.append(
+        step) or make(c, split, step))
+
+    def examine(*_):
+        found.append(steps[-1] + 1)
+        good = found[-1] == 4
+        return dict(name_all=96 * good, name_easy=99 * good, p_trap=91, p_hard=49)
+
+    monkeypatch.setattr(tah, "examine", examine)
+    tah.pretrain(cfg, run_on(cfg))
+    assert found == judged * 2
+
+
 def test_a_bad_base_stops_the_run(monkeypatch, capsys):
     cfg = tah.Config(**SMALL | dict(steps=1, eval_every=2))
     bad = dict(name_all=94)
     monkeypatch.setattr(tah, "examine", lambda *_: bad)
     with pytest.raises(SystemExit) as stop:
         tah.pretrain(cfg, run_on(cfg))
-    assert stop.value.code == 1 and "literal task not learned" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "literal task not learned in 4 steps; raise --steps" in message
