@@ -1,5 +1,6 @@
 """Oracles of hrpo.py: the gate, rollouts and their replay, the objective by enumeration, polls."""
 
+import argparse
 import copy
 import functools
 import itertools
@@ -654,6 +655,75 @@ def test_supervised_loss_is_the_cross_entropy_of_words_alone():
     want = -logits.log_softmax(-1).gather(2, batch["targets"][..., None]).mean()
     close(loss, want, atol=1e-5)
     assert stats["loss"] == loss
+
+
+def verdicts(arms, tmp_path):
+    cfg = config(out=str(tmp_path))
+    claims = hrpo.report(cfg, hrpo.Run(cfg), arms, [], hrpo.CLAIMS)["claims"]
+    return {claim["claim"]: (claim["measured"], claim["verdict"]) for claim in claims}
+
+
+def test_the_answer_gets_likelier_on_the_same_questions(tmp_path, monkeypatch):
+    """Before training it is evaluated on as many as later for every row of the history."""
+    def evaluate(model, cfg, run):
+        return dict(loss=cfg.eval_batches / 10, greedy=0.5, sampled=0.5, hidden=0.5)
+
+    cfg = config(eval_batches=3, only="grpo,hrpo", out=str(tmp_path))
+    history = [dict(step=step, val_loss=loss, seconds=1) for step, loss in [(1, 0.1), (2, 0.2)]]
+    monkeypatch.setattr(hrpo, "evaluate", evaluate)
+    monkeypatch.setattr(hrpo, "train", lambda *_: history)
+    arms = hrpo.experiment(cfg, hrpo.Run(cfg))
+    assert arms["hrpo"]["start"]["loss"] == 2.4 and arms["hrpo"]["loss_0"] == 0.3
+    measured, verdict = verdicts(arms, tmp_path)["C1 p of the answer, least rise"]
+    assert measured == pytest.approx(0.1) and verdict == "holds"
+
+
+def test_claims_on_a_gate_are_not_judged_without_one(tmp_path, monkeypatch):
+    """As with --feed mean, where hrpo has none."""
+    monkeypatch.setattr(hrpo, "evaluate", lambda model, cfg, run: dict(
+        loss=0.5, greedy=0.5, sampled=0.5, hidden=0.5) if model.gate else dict(
+            loss=0.5, greedy=0.5, sampled=0.5))
+    monkeypatch.setattr(hrpo, "train", lambda *_: [dict(step=1, val_loss=0.5, seconds=1)])
+    for feed, want in [("hybrid", "holds"), ("mean", "not judged"), ("token", "not judged")]:
+        cfg = config(feed=feed, only="selftok,hrpo", out=str(tmp_path))
+        found = verdicts(hrpo.experiment(cfg, hrpo.Run(cfg)), tmp_path)
+        assert found["C4 minus gain of selftok"][1] == want
+        assert (found["C4 hidden ratio, gain of hrpo"][0] is None) == (want == "not judged")
+
+
+def arms_of(monkeypatch, world=1, **changes):
+    """{arm: Config} of a run on so many processes."""
+    found = {}
+
+    def stop(arms, cfg, run):
+        found.update(arms)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hrpo, "select", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hrpo.experiment(config(**changes), argparse.Namespace(world=world))
+    return found
+
+
+def test_a_small_budget_leaves_a_step_of_supervised_training(monkeypatch):
+    for budget, sft_steps, want in [(1, 50, 50), (0.5, 50, 25), (0.01, 50, 1), (0.0625, 1, 1)]:
+        arms = arms_of(monkeypatch, budget=budget, sft_steps=sft_steps)
+        assert [arms[arm].steps for arm in ("sft", "sft sure")] == [want, want]
+
+
+@pytest.mark.parametrize("world, batch_size, group, fits", [
+    (1, 12, 4, True), (2, 16, 4, True), (4, 16, 8, False), (2, 24, 8, False), (2, 8, 8, False),
+    (2, 6, 3, False), (2, 12, 3, True), (3, 12, 4, True)])
+def test_processes_must_get_equal_numbers_of_questions(
+        world, batch_size, group, fits, monkeypatch, capsys):
+    if fits:
+        assert arms_of(monkeypatch, world, batch_size=batch_size, group=group)
+        return
+    with pytest.raises(SystemExit) as stop:
+        arms_of(monkeypatch, world, batch_size=batch_size, group=group)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and f"group={group} " in message
+    assert f"batch_size={batch_size} uneven" in message
 
 
 @pytest.mark.parametrize("flags", [dict(group=1), dict(group=3), dict(n_vote=8), dict(n_vote=1),
