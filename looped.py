@@ -6,35 +6,36 @@ Saunshi et al., "Reasoning with latent thoughts: On the power of looped transfor
 To follow a pointer eight times takes depth, but every layer may be the same. So k layers passed L
 times, (k x L), should reason almost as well as k L different ones, (kL x 1), which need the same
 FLOPs and L times the parameters, and much better than (k x 1). Facts are another matter: they are
-stored in parameters, and to pass those again stores no more.
+stored in parameters, and to pass those again stores little more (0.39, looped 0.50, deep 1.00).
 
 (1)  h_0 = e = norm(Embed(x)),  h_t = f(h_{t-1}) for t = 1..L,  logits = Unembed(norm(h_L))
 (2)  looped (k x L) | shallow (k x 1), equal parameters | deep (kL x 1), equal FLOPs
-(3)  %Gap = 100 (Acc(looped) - Acc(shallow)) / (Acc(deep) - Acc(shallow)),  Acc: accuracy
-(4)  R = mean of cos(theta_i, theta_{i+1}) over layers i and matrices (Q, K, ...), neighbours: k = 1
+(3)  %Gap = 100 (Acc(looped) - Acc(shallow)) / (Acc(deep) - Acc(shallow)),  Acc: see (9)
+(4)  R = mean of cos(theta_i, theta_{i+1}) over layers i and matrices (Q, K, ...); paper: i, i + k
 (5)  loss = CE - lambda R                           makes the layers of a deep model alike
 (6)  h_t = f(h_{t-1} + e)  or  f(A [h_{t-1}; e])    input injection
 (7)  p_t = sigmoid(w . h_t + b);  N = the first t with p_1 + ... + p_t > 0.99, at most L;
      r = 1 - p_1 - ... - p_{N-1};  h = p_1 h_1 + ... + p_{N-1} h_{N-1} + r h_N instead of h_L
 (8)  loss = CE + tau mean(N + r)                    adaptive computation time, ACT
-(9)  Acc = alpha ln D + beta,  D = k L: the effective depth
+(9)  Acc = alpha ln D + beta,  D = k L: the effective depth;  Acc: accuracy on the hardest third
 
 x `idx` | h, e `h` `e` | f `LoopedGPT.loop` | k `n_layer` | L `n_loop` | lambda `reg` | A `adapter`
 w, b `halt` | r `left` | N + r `spent` | tau `ponder` | T `seq_len` | C `n_embd` | M facts | H hops
 S symbols at a position, V of them | B batch, nh heads, hs head size
 
 What it shows. Task chain: statements name = value of 4 interleaved chains; a value is the name of
-the statement before or, at hop 0, a digit; asked is always the digit at the root. Who cannot follow
-guesses one of 4 roots. Memory: 3 letters -> one of 64 values. Seeds 1-3; more of C4 with --full.
-All arms get equal steps; deep, at the best of four learning rates, is still learning: %Gap > 100.
-  C1 looped, hops >= 4                1.000 +- 0.000  needed >= 0.9, holds on 3 of 3
+the statement before or, at hop 0, a digit; asked is the root's digit. A guess is right 1 in 4.
+Memory: 3 letters -> one of 64 values. Seeds 1-3; more of C4 with --full. All arms get equal steps;
+1, 2, 3 and 6 loops reach hops 1, 3, 5 and 5, which is the last (C3). Deep, at the best of four
+learning rates, is still learning: its %Gap is over 100 and is cut to 100 in C2.
+  C1 looped, hardest third            1.000 +- 0.000  needed >= 0.9, holds on 3 of 3
   C1 deep - looped                    -0.500 +- 0.170  needed <= 0.05, holds on 3 of 3
   C1 looped - shallow                 0.749 +- 0.003  needed >= 0.3, holds on 3 of 3
-  C1 shallow, hops >= 4               0.251 +- 0.003  needed <= 0.4, holds on 3 of 3
+  C1 shallow, hardest third           0.251 +- 0.003  needed <= 0.4, holds on 3 of 3
   C1 shallow, hops 0 and 1            1.000 +- 0.000  needed >= 0.95, holds on 3 of 3
-  C2 %Gap of chain - of memory        366.202 +- 192.236  needed >= 30, holds on 3 of 3
+  C2 %Gap of chain - of memory        80.890 +- 0.454  needed >= 30, holds on 3 of 3
   C3 least gain in hops by more loops 0.000 +- 0.000  needed >= 0, holds on 3 of 3
-  C4 cosine, lambda = 0               0.000 +- 0.004  needed <= 0.2, holds on 3 of 3
+  C4 cosine, deep                     0.000 +- 0.004  needed <= 0.2, holds on 3 of 3
 
 What the paper leaves open. It prints + in Eq. 5, which drives the cosine to -1; its text wants
 layers alike. Injection is from aks2203/deep-thinking, models/dt_net_1d.py, halting from the
@@ -42,9 +43,9 @@ Universal Transformer (arXiv 1807.03819), without its signals of position and ti
 position is still computed, which saves no time. Left out: middle looping, language models, i-GSM.
 
 Exercises
-  1. --inject add: does accuracy stay high beyond the loops that were trained?
-  2. --task add --seq_len 20, --task phop --seq_len 40: which of them needs loops?
-  3. --full: lambda = 10 makes six layers alike. What is left of the deep model's accuracy?
+  1. Read after 3 loops looped is worse than a guess, but 1x3 solves all. Does --inject add help?
+  2. --only shallow,looped,deep --task add --seq_len 20, or phop and 40: which task needs loops?
+  3. --full: lambda = 10 makes six layers alike. Is the deep model better or worse for it?
 
 New here: CHAINS, LETTERS, KEY, VALUES, chain_task, phop_task, add_task, memory_task, LoopedGPT,
 likeness, loop_flops, answer, percent_gap
@@ -94,7 +95,7 @@ class Config:
     inject: Literal["concat", "add", "none"] = "none"       # how e enters every iteration
     halting: Literal["none", "act"] = "none"                # act: a position decides when to stop
     ponder: float = 0.01            # act: price of a loop, in nats
-    reg: float = 0.0                # lambda, makes the layers of a deep model alike
+    reg: float = 0.0                # lambda, makes layers alike (needs more than one: arm deep)
     n_facts: int = 8192             # facts of the memory task
     # training
     steps: int = 1000               # optimiser steps; scaled where arms must cost the same
@@ -124,10 +125,10 @@ class Config:
         check_common(self)
         at_least(self, 1, "n_loop n_facts")
         at_least(self, 0, "ponder reg")
-        fits = self.task == "memory" or self.seq_len in range(12, 41, 4)
+        fits = self.seq_len >= KEY if self.task == "memory" else self.seq_len in range(12, 41, 4)
         if not fits or self.n_facts > LETTERS**KEY:
-            raise ValueError(f"seq_len={self.seq_len} must be 12, 16, ... or 40, and "
-                             f"n_facts={self.n_facts} at most {LETTERS**KEY}")
+            raise ValueError(f"seq_len={self.seq_len} must be 12, 16, ... or 40 (memory: from 3), "
+                             f"and n_facts={self.n_facts} at most {LETTERS**KEY}")
 
 SMOKE = dict(n_loop=4, n_head=2, n_embd=16, seq_len=16, n_facts=64, batch_size=4, steps=4, warmup=2,
              lr=1e-3, eval_every=2, eval_batches=1)
@@ -158,6 +159,7 @@ def phop_task(cfg, rng, step):
     at = torch.arange(T).expand(B, T)                                   # (B, T)
     for h in range(8):
         at = torch.where(h < 2**level, find.gather(1, at), at)          # (B, T)
+    # where a hop leads nowhere, the model learns to say the first symbol, which no level counts
     return idx[..., None], idx.gather(1, at), torch.where(at > 0, level, -1)
 
 def add_task(cfg, rng, step):
@@ -427,9 +429,7 @@ class LoopedGPT(nn.Module):
 
     def forward(self, idx, n_loop, start=0, caches=None):
         """Symbols idx (B, T, S) -> logits (B, T, V), and what ACT spent at every position (B, T).
-
-        With `caches`, a KVCache for every loop and block, idx continues `start` positions.
-        """
+        With `caches`, a KVCache for every loop and block, idx continues `start` positions."""
         h = e = norm(self.embed(idx).flatten(2))                        # (B, T, C)
         left, k = torch.ones(h.shape[:2], device=h.device), len(self.blocks)    # (B, T)
         mean, spent = torch.zeros_like(h), torch.zeros_like(left)
@@ -451,18 +451,16 @@ class LoopedGPT(nn.Module):
 
 def likeness(model):
     """Mean cosine between the same matrices of neighbouring layers, from -1 to 1."""
-    layers = []
-    for block in model.blocks:
-        linears = [block.attn.proj, block.mlp.fc, block.mlp.proj]
-        layers.append([*block.attn.qkv.weight.chunk(3), *(linear.weight for linear in linears)])
+    layers = [[*block.attn.qkv.weight.chunk(3), block.attn.proj.weight, block.mlp.fc.weight,
+               block.mlp.proj.weight] for block in model.blocks]
     cosines = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
                for one, two in pairwise(layers) for a, b in zip(one, two)]
     return torch.stack(cosines).mean()                                  # Eq. 4
 
 def loop_flops(model):
     """Forward FLOPs per position, without what halting (little) and A (4 C^2 a loop) take."""
-    T, C, passes = model.cfg.seq_len, model.cfg.n_embd, model.cfg.n_layer * model.cfg.n_loop
-    return passes * block_flops(T, C) / T + 2 * model.head.weight.numel()
+    cfg, T = model.cfg, KEY if model.cfg.task == "memory" else model.cfg.seq_len
+    return cfg.n_layer * cfg.n_loop * block_flops(T, cfg.n_embd) / T + 2 * model.head.weight.numel()
 
 # ---- 5. Objective and decoding -------------------------------------------------------------------
 def loss_fn(model, batch, cfg):
@@ -653,9 +651,10 @@ def experiment(cfg, run):
     """Trains and evaluates every arm for the same number of steps. Returns {arm: metrics}."""
     k, L, results, once = cfg.n_layer, cfg.n_loop, {}, dict(n_loop=1)
     facts = dict(task="memory", seq_len=KEY, batch_size=4 * cfg.batch_size, lr=cfg.lr)
-    # of four learning rates a quarter of the others' suits different layers best
-    trio = {"shallow": once, "looped": {}, "deep": once | dict(n_layer=k * L, lr=cfg.lr / 4)}
-    arms = trio | {f"{k}x{n}": dict(n_loop=n) for n in (2, 3) if n < L}     # Eq. 2
+    # rates for deep: 1, 1/2, 1/4 and 0.15 of the others' were tried on seed 11, and 1/4 did best
+    deep = once | dict(n_layer=k * L, lr=cfg.lr / 4)
+    trio = {"shallow": once, "looped": {}, "deep": deep}                # Eq. 2
+    arms = trio | {f"{k}x{n}": dict(n_loop=n) for n in (2, 3) if n < L}
     arms |= {f"memory {arm}": changes | facts for arm, changes in trio.items()}
     if cfg.full:
         arms |= {f"{a}x{b}": dict(n_layer=a, n_loop=b) for a, b in [(2, 1), (2, 3), (3, 1), (3, 2)]}
@@ -681,18 +680,18 @@ def percent_gap(arms, task, prefix=""):
     shallow, looped, deep = (arms[prefix + arm][task] for arm in ("shallow", "looped", "deep"))
     return 100 * (looped - shallow) / (deep - shallow or 1e-9)          # Eq. 3
 
-COLUMNS = "size params mflops_per_token steps seconds loss accuracy chain memory cosine".split()
+COLUMNS = "size params mflops_per_token spent seconds loss accuracy chain memory cosine".split()
 CLAIMS = [  # name, measured from the arms, relation, needed; chain and memory name accuracies
-    ("C1 looped, hops >= 4", lambda a: a["looped"]["chain"], ">=", 0.9),
+    ("C1 looped, hardest third", lambda a: a["looped"]["chain"], ">=", 0.9),
     ("C1 deep - looped", lambda a: a["deep"]["chain"] - a["looped"]["chain"], "<=", 0.05),
     ("C1 looped - shallow", lambda a: a["looped"]["chain"] - a["shallow"]["chain"], ">=", 0.3),
-    ("C1 shallow, hops >= 4", lambda a: a["shallow"]["chain"], "<=", 0.4),
+    ("C1 shallow, hardest third", lambda a: a["shallow"]["chain"], "<=", 0.4),
     ("C1 shallow, hops 0 and 1", lambda a: fmean(a["shallow"]["chain levels"][:2]), ">=", 0.95),
     ("C2 %Gap of chain - of memory",
-     lambda a: percent_gap(a, "chain") - percent_gap(a, "memory", "memory "), ">=", 30),
+     lambda a: min(100, percent_gap(a, "chain")) - percent_gap(a, "memory", "memory "), ">=", 30),
     ("C3 least gain in hops by more loops", lambda a: min(b - a for a, b in pairwise(
         a[arm]["chain reach"] for arm in ("shallow", "1x2", "1x3", "looped"))), ">=", 0),
-    ("C4 cosine, lambda = 0", lambda a: a["deep"]["cosine"], "<=", 0.2),
+    ("C4 cosine, deep", lambda a: a["deep"]["cosine"], "<=", 0.2),
     ("C4 cosine, lambda = 10", lambda a: a["alike"]["cosine"], ">=", 0.95),
     ("C4 accuracy that lambda = 10 costs",
      lambda a: a["deep"]["accuracy"] - a["alike"]["accuracy"], "<=", 0.03),
@@ -718,7 +717,7 @@ def plot(cfg, run, results):
         some = [arms[name] for name in ["shallow", *others, arm] if name in arms]
         D, A = [math.prod(map(int, m["size"].split("x"))) for m in some], [m[task] for m in some]
         by_depth.plot(D, A, **STYLES[arm], label=f"{arm}, trained with D")
-        if arm == "looped" and arm in arms and len(some) > 1:
+        if arm == "looped" and arm in arms and len(set(D)) > 1:
             alpha, beta = np.polyfit(np.log(D), A, 1)                   # Eq. 9
             by_depth.plot(D, alpha * np.log(D) + beta, label=f"{alpha:.2f} ln D {beta:+.2f}")
             more, reads = cfg.n_layer * np.arange(1, 2 * cfg.n_loop + 1), arms[arm]["by_loop"]
@@ -726,9 +725,10 @@ def plot(cfg, run, results):
             by_depth.set_title(f"Looped to depth {D[-1]}: {A[-1]:.2f}, to depth {D[0]}: {A[0]:.2f}")
     by_depth.set(xlabel="effective depth D (layers passed)", ylabel="accuracy, hardest third")
     for panel in (by_level, by_depth):
-        panel.axhline(1 / CHAINS, color="#999999", linestyle="--", label=f"one of {CHAINS} guessed")
+        if task == "chain":
+            panel.axhline(1 / CHAINS, color="#999999", linestyle="--", label="one of 4 guessed")
         panel.legend()
-    for name, prefix in [(task, ""), ("memory", "memory ")]:
+    for name, prefix in {task: "", "memory": "" if task == "memory" else "memory "}.items():
         trio = [arm for arm in ("shallow", "looped", "deep") if prefix + arm in arms]
         for arm in trio:
             bar = bars.bar(f"{arm}\n{name}", arms[prefix + arm][name], color=STYLES[arm]["color"])

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,14 @@ def test_loops_cost_flops_and_no_parameters():
         assert len(calls) == 2 * n
         assert counter.get_total_flops() / (6 * 16) == looped.loop_flops(model)
         calls.clear()
+
+
+def test_facts_cost_the_flops_of_their_own_length():
+    model = build(task="memory", seq_len=16)    # a fact has three letters whatever seq_len says
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(batch_of(model.cfg)["idx"], 3)
+    assert counter.get_total_flops() / (6 * 3) == looped.loop_flops(model)
 
 
 def test_gradient_of_shared_layers_is_the_sum_over_untied_copies():
@@ -289,6 +298,13 @@ def test_halting_at_once_is_one_loop_and_never_is_a_mean_of_all():
     same(logits, plain(idx, 4)[0])
     same(spent, torch.full_like(spent, 5.0))
     assert not plain(idx, 4)[1].any()
+
+
+def test_fresh_model_halts_in_the_second_loop():
+    torch.manual_seed(0)
+    model = looped.LoopedGPT(looped.Config(**SMALL | dict(halting="act")))
+    _, spent = model(batch_of(model.cfg)["idx"], 4)     # bias 1: p = 0.73, N = 2, r = 0.27
+    same(spent, torch.full_like(spent, 3 - 1 / (1 + math.exp(-1))))
 
 
 def test_only_the_remainder_of_the_ponder_cost_has_a_gradient():
@@ -499,10 +515,84 @@ def test_evaluation_by_brute_force(task, tmp_path):
     assert metrics[task] == pytest.approx(np.mean(by_level[len(by_level) * 2 // 3 :]), abs=1e-10)
 
 
+@pytest.mark.parametrize("changes", [dict(task="add"), dict(task="memory", seq_len=3)], ids=str)
+def test_only_known_answers_count_in_the_loss(changes):
+    model = build(**changes)
+    batch, nll = batch_of(model.cfg), []
+    logp = model(batch["idx"], 3)[0].log_softmax(-1)
+    for b, row in enumerate(batch["targets"].tolist()):
+        nll += [-logp[b, i, answer] for i, answer in enumerate(row) if answer >= 0]
+    assert 0 < len(nll) < batch["targets"].numel()
+    same(looped.loss_fn(model, batch, model.cfg)[0], sum(nll) / len(nll))
+
+
+@pytest.mark.parametrize("right, reach", [
+    ((10, 10, 10), 2), ((10, 8, 9), 2), ((10, 9, 8), 1), ((8, 0, 0), -1)])
+def test_reach_is_the_highest_level_with_accuracy_09(right, reach, tmp_path, monkeypatch):
+    """Each level has ten positions, of which so many are answered right, that is with 0."""
+    cfg = looped.Config(**SMALL | dict(eval_batches=1, out=str(tmp_path)))
+    zeros, level = torch.zeros(1, 30, dtype=torch.long), torch.arange(30)[None] // 10
+    said = torch.cat([torch.arange(10) >= n for n in right])[None].long()
+    batch = dict(idx=zeros[..., None], targets=zeros, level=level)
+    monkeypatch.setattr(looped, "make_batch", lambda *_: batch)
+    model = SimpleNamespace(forward=lambda *_: (F.one_hot(said, 2).double(), torch.zeros(1, 30)))
+    metrics = looped.evaluate(model, cfg, looped.Run(cfg))
+    assert metrics["chain levels"] == [n / 10 for n in right]
+    assert metrics["chain reach"] == reach
+
+
+def test_sums_are_judged_by_the_digits_that_are_generated(tmp_path, monkeypatch):
+    cfg = looped.Config(**SMALL | dict(task="add", batch_size=40, eval_batches=1,
+                                       out=str(tmp_path)))
+    batch, asked = looped.make_batch(cfg, "val", 0), []
+    written = batch["targets"][:, -5:-1].clone()
+    written[:10, 2] = (written[:10, 2] + 1) % 10        # one digit is wrong in a quarter of them
+
+    def answer(model, idx, n_new, n_loop):
+        asked.append((idx, n_new, n_loop))
+        return written
+
+    monkeypatch.setattr(looped, "answer", answer)
+    assert looped.evaluate(build(**vars(cfg)), cfg, looped.Run(cfg))["accuracy"] == 0.75
+    (prompt, *sizes), = asked
+    assert sizes == [4, 3] and torch.equal(prompt, batch["idx"][:, :-4])
+    assert (prompt[:, -1] == 11).all()      # it ends with =
+
+
+def test_by_loop_reads_out_after_every_number_of_loops(tmp_path, monkeypatch):
+    models = []
+
+    def untrained(arm, model, cfg, run):
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.3)
+        models.append(model)
+        return [dict(seconds=0.0)]
+
+    monkeypatch.setattr(looped, "train", untrained)
+    cfg = looped.Config(**SMALL | dict(batch_size=50, eval_batches=1, only="looped",
+                                       out=str(tmp_path)))
+    by_loop = looped.experiment(cfg, looped.Run(cfg))["looped"]["by_loop"]
+    batch, expected = looped.make_batch(cfg, "val", 0), []
+    for n in range(1, 7):
+        hit = models[0](batch["idx"], n)[0].argmax(-1) == batch["targets"]
+        expected.append(hit[batch["level"] >= 2].double().mean().item())    # of the hops 0 to 3
+    assert len(set(expected)) > 3
+    assert by_loop == pytest.approx(expected, abs=1e-12)
+
+
 def test_percent_gap_on_the_numbers_of_the_paper():
     """Math word problems, (12 x 2) between (12 x 1) and (24 x 1); the paper has 282, unrounded."""
     arms = {"x shallow": dict(math=26.7), "x looped": dict(math=34.3), "x deep": dict(math=29.3)}
     assert looped.percent_gap(arms, "math", "x ") == pytest.approx(292.3, abs=0.05)
+
+
+@pytest.mark.parametrize("deep, claim", [(1.0, 80 - 20), (0.4, 100 - 20)])
+def test_gap_beyond_the_deep_model_counts_as_all_of_it(deep, claim):
+    arms = {"shallow": dict(chain=0.25), "looped": dict(chain=0.85), "deep": dict(chain=deep),
+            "memory shallow": dict(memory=0.4), "memory looped": dict(memory=0.5),
+            "memory deep": dict(memory=0.9)}
+    measure = {claim[0]: claim[1] for claim in looped.CLAIMS}["C2 %Gap of chain - of memory"]
+    assert measure(arms) == pytest.approx(claim)
 
 
 @pytest.mark.parametrize("task", ["phop", "add", "memory"])
@@ -517,7 +607,7 @@ def test_no_claim_is_measured_on_another_task(task, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--seq_len 30", "--seq_len 8", "--seq_len 44",
-                                   "--n_facts 40000", "--n_loop 0"])
+                                   "--n_facts 40000", "--n_loop 0", "--seq_len 2 --task memory"])
 def test_impossible_sizes_are_refused(flags):
     with pytest.raises(ValueError, match=flags.split()[0].strip("-")):
         looped.parse_args(flags.split())
@@ -540,3 +630,47 @@ def test_arms_have_equal_steps_and_the_sizes_of_equation_2(tmp_path, monkeypatch
 def test_no_two_facts_have_the_same_key():
     cfg = looped.Config(task="memory", seq_len=3, n_facts=3000, batch_size=3000)
     assert len(looped.make_batch(cfg, "train", 0)["idx"].flatten(1).unique(dim=0)) == 3000
+
+
+# ---- Table and picture
+
+
+def test_table_shows_the_loops_that_halting_spends(tmp_path, capsys):
+    flags = ["--smoke", "--steps=1", "--only=looped", "--halting=act", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda x: x.to(torch.float32))
+        torch.set_default_dtype(torch.float32)
+        patch.setattr(looped, "plot", lambda cfg, run, results: None)
+        spent = looped.main(flags)["arms"]["looped"]["spent"]
+    header, row = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
+    assert row[header.index("spent")] == f"{spent:.4g}" and spent > 1
+
+
+def panels(monkeypatch, **changes):
+    """The three parts of a picture of made-up results, in which every accuracy is 1/2."""
+    cfg, figures = looped.Config(**SMALL | changes), []
+    k, L, task = cfg.n_layer, cfg.n_loop, cfg.task
+    trio = {"shallow": f"{k}x1", "looped": f"{k}x{L}", "deep": f"{k * L}x1"}
+    arms = {arm: {"size": size, task: 0.5, f"{task} levels": [0.5, 0.5], f"{task} reach": -1,
+                  "by_loop": [0.5] * 2 * L} for arm, size in trio.items()}
+    arms |= {f"memory {arm}": dict(memory=0.5) for arm in trio}
+    monkeypatch.setattr(looped.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    looped.plot(cfg, looped.Run(cfg), dict(arms=arms, environment=dict(device="cpu")))
+    return figures[0].axes
+
+
+@pytest.mark.parametrize("task", ["chain", "phop", "add", "memory"])
+def test_picture_has_each_trio_once_and_a_guess_where_it_is_one_of_four(task, tmp_path, monkeypatch):
+    guess = [0.25] if task == "chain" else []
+    by_level, by_depth, bars = panels(monkeypatch, task=task, out=str(tmp_path))
+    labels = [label.get_text() for label in bars.get_xticklabels()]
+    assert len(set(labels)) == len(labels) == len(bars.patches) == (3 if task == "memory" else 6)
+    for panel in (by_level, by_depth):
+        lines = {line.get_label(): line.get_ydata() for line in panel.lines}
+        assert [y[0] for label, y in lines.items() if "guess" in label] == guess
+
+
+def test_picture_of_one_depth_has_no_fit_over_depths(tmp_path, monkeypatch):
+    for n_loop in (1, 2):
+        _, by_depth, _ = panels(monkeypatch, n_layer=1, n_loop=n_loop, out=str(tmp_path))
+        assert any("ln D" in line.get_label() for line in by_depth.lines) == (n_loop > 1)
