@@ -7,9 +7,9 @@ A prelude reads the tokens once; a core works on a random state again and again 
 prelude said every time; a coda answers. In training the number of iterations r is random and the
 gradient flows through the last k alone; in tests r is free: more thought with the same weights.
 
-(1)  e = P(sqrt(C) E[x])                                    prelude P, embedding E
+(1)  e = prelude(sqrt(C) E[x])                              embedding E
 (2)  s_0 ~ N(0, 2/5) at every position and channel          cut at three standard deviations
-(3)  s_i = R(A [s_{i-1}; e]),  i = 1 .. r                   core R, adapter A
+(3)  s_i = core(A [s_{i-1}; e]),  i = 1 .. r                adapter A
 (4)  logits = E norm(coda(norm(s_r)))                       E as in (1)
 (5)  u = norm(x + Attn(norm(x))),  norm(u + MLP(norm(u)))   a sandwich layer
 (6)  std sqrt(2 / 5C), of output projections sqrt(1 / 5Cl)  l: blocks passed with rbar + 1
@@ -17,11 +17,12 @@ gradient flows through the last k alone; in tests r is free: more thought with t
 (8)  loss = mean of -log softmax(logits_j)[x_1 x_2 .. x_j]  its gradient ends at s_{r-k}
 (9)  accuracy <= (R + (n - R) / G) / n, R seen              R = min(n, 1 + window * blocks passed)
 (10) exit when no position has KL(p before || p now) >= threshold; before: check_every steps ago
-(11) token by token, iteration i writes and reads KV slot i mod kv_slots
+(11) token by token (decode_r4: r = 4, n = 48), iteration i writes and reads KV slot i mod kv_slots
 (12) forward FLOPs per token = blocks passed (24 C^2 + 4 T C) + r 4 C^2 + 2 C V (head)
 x `idx` | blocks passed in r iterations `depth(r)` | n = T - 1 elements of G, V = G + 1 | C `n_embd`
 
-What it shows. Parity of the bits so far, trained with n = 12; a layer sees one neighbour, so (9).
+What it shows. Parity of the bits so far. 25600 draws meet nearly all 4096 strings with n = 12: only
+n = 24 and 48 show generalisation. (9) alone forces accuracy at r=1, at r=8 and of untied layers.
   C0 standard errors above a ceiling  0.000 +- 0.000  needed <= 3, holds on 3 of 3
   C1 n=12, r=1: accuracy              0.656 +- 0.017  needed <= 0.71, holds on 3 of 3
   C1 n=12, r=16: accuracy             1.000 +- 0.000  needed >= 0.98, holds on 3 of 3
@@ -32,19 +33,20 @@ What it shows. Parity of the bits so far, trained with n = 12; a layer sees one 
   C2 n=48: r=48 less r=64             0.000 +- 0.000  needed <= 0.02, holds on 3 of 3
   C2 n=48: 20 untied layers           0.609 +- 0.009  needed <= 0.73, holds on 3 of 3
   C3 r for 95 %: off a line in n      0.081 +- 0.073  needed <= 0.25, holds on 3 of 3
-  C4 exit: steps per element - 0.75   0.222 +- 0.032  needed <= 0.35, holds on 3 of 3
+  C4 exit: |steps per element - 0.75| 0.222 +- 0.024  needed <= 0.35, holds on 3 of 3
   C4 exit: accuracy lost              0.000 +- 0.000  needed <= 0.01, holds on 3 of 3
-  C4 seconds saved / promised         0.843 +- 0.048  needed >= 0.8, holds on 2 of 3
+  C4 seconds saved / promised         0.788 +- 0.036  needed >= 0.8, holds on 1 of 3
   C5 two s_0: same answers            1.000 +- 0.000  needed >= 0.995, holds on 3 of 3
   C5 two s_0: distance                0.000 +- 0.000  needed <= 0.05, holds on 3 of 3
   C6 fixed less random r              0.000 +- 0.000  needed >= -0.02, holds on 3 of 3
   C6 what the window adds             0.321 +- 0.056  needed >= 0.1, holds on 3 of 3
 C6, n=48, r=64: drawing r is not what it takes; no window 0.62-0.73, no injection 0.56-0.99.
 What the paper leaves open. A norm ends its core; its code (seal-rg/recurrent-pretraining) has (4).
-1/2 in (7) is sigma, not its square. Ours: rbar + 1, 4 rbar, the kit. Left out: text, speculation.
-Exercises: 1. --window 2: half the iterations? 2. --eval_only --kv_slots 4: why less in decode_r4?
+Its 1/2 in (7) is sigma, so 1/4 here. Ours: rbar + 1, 4 rbar, the kit. Left out: text, speculation.
+Exercises: 1. --eval_only --kv_slots 4: why less in decode_r4? 2. --window 2 --out out/window: half
+the iterations? 3. --task s3 --out out/s3: what changes in (9), and can 400 steps still reach it?
 New here: ORDERS, GROUPS, ceiling, SandwichBlock, RecurrentDepth, recurrent_flops, draw_depth,
-think, decode_tokens, LONGER, R_TEST, longer, right, scaling, exits, kept_bytes, orbits, at, bend
+think, decode_tokens, LONGER, R_TEST, longer, right, scaling, exits, kept_bytes, orbits, at, bend, N
 """
 
 import argparse
@@ -87,7 +89,7 @@ class Config:
     # method
     rbar: int = 8                   # mean of the Poisson rate; training runs rbar + 1 on average
     unroll: Literal["random", "fixed"] = "random"           # r is drawn, or is always rbar + 1
-    k: int = 4                      # last iterations, through which alone the gradient flows
+    k: int = 4                      # last iterations with a gradient (all of them if inject=none)
     inject: Literal["concat", "add", "none"] = "concat"     # how e enters every iteration
     task: Literal["parity", "s3"] = "parity"                # what the model has to learn
     threshold: float = 5e-4         # exit: no position's prediction moves by more (KL in nats)
@@ -120,7 +122,7 @@ class Config:
     def __post_init__(self):
         check_common(self)
         at_least(self, 0, "window threshold rbar")
-        at_least(self, 1, "k check_every kv_slots" + " rbar" * (self.unroll == "random"))
+        at_least(self, 1, "k check_every kv_slots seed" + " rbar" * (self.unroll == "random"))
         at_least(self, 3, "n_layer seq_len")
 
     def depth(self, r):
@@ -377,9 +379,9 @@ class RecurrentDepth(nn.Module):
         return F.linear(x, self.embed.weight).float()                   # Eq. 4
 
     def states(self, idx, s, r):
-        """Yields s_1 to s_r. The gradient flows through the last k iterations."""
+        """Yields s_1 to s_r. The gradient flows through the last k iterations, or from e on."""
         e, k = self.encode(idx), self.cfg.k                             # (B, T, C)
-        s = e if self.cfg.inject == "none" else s.detach()      # none: e is the start, no more
+        s, k = (e, r) if self.cfg.inject == "none" else (s.detach(), k)     # none: e is s_0
         for i in range(r):      # requires_grad_: one graph serves the first of the last k, too
             s = self.free_step(s, e) if i < r - k else self.step(s.requires_grad_(), e)     # Eq. 8
             yield s
@@ -562,18 +564,18 @@ def scaling(model, cfg, run):
 
 @torch.no_grad()
 def exits(model, cfg, run):
-    """Adaptive exit on four single sequences of each length, against R_TEST iterations."""
-    rows = []
+    """Adaptive exit on up to four single sequences of each length, against R_TEST iterations."""
+    rows, V = [], model.embed.num_embeddings    # V rows on: another set, another x_1
     for c in longer(cfg):
         batch = run.to_device(make_batch(c, "val", 0))
-        for idx, targets, s0 in list(zip(*(value.split(1) for value in batch.values())))[:4]:
-            ways = lambda: think(model, idx, s0, cfg), lambda: model(idx, s0, R_TEST)
-            (logp, steps), logits = (way() for way in ways)
+        for idx, targets, s0 in zip(*(value[::V][:4].split(1) for value in batch.values())):
+            ways = lambda: think(model, idx, s0, cfg), lambda: (model(idx, s0, R_TEST), R_TEST)
+            (logp, steps), (logits, _) = (way() for way in ways)
             lost = (right(logits, targets) - right(logp, targets)).mean().item()
-            ms = [1e3 * min(timeit.repeat(way, number=1, repeat=3)) for way in ways]
-            rows.append([steps, lost, *ms])
-    steps, lost, early, full = torch.tensor(rows).view(len(LONGER), 4, 4).mean(1).T     # (lengths,)
-    saved = (1 - early / full) / (1 - steps / R_TEST)                   # (lengths,)
+            s = [timeit.repeat(lambda: way()[0].max().item(), number=1, repeat=3) for way in ways]
+            rows.append([steps, lost, *(1e3 * min(x) for x in s)])    # item() waits for the device
+    steps, lost, early, full = torch.tensor(rows).view(len(LONGER), -1, 4).mean(1).T    # (lengths,)
+    saved = (1 - early / full) / (1 - steps / R_TEST).clamp(min=1 / R_TEST)     # (lengths,)
     slope = (steps[-1] - steps[0]).item() / (c.seq_len - cfg.seq_len)
     return dict(exit_steps=steps.tolist(), exit_slope=slope, exit_lost=lost.max().item(),
                 exit_ms=early.tolist(), full_ms=full.tolist(), seconds_saved=saved.tolist())
@@ -651,10 +653,9 @@ def report(cfg, run, arms, columns, claims, **more):
 
 def experiment(cfg, run):
     """Trains every arm for the same number of steps. Returns {arm: metrics}."""
-    once = dict(unroll="fixed", rbar=0)     # the method switched off
+    fixed, once = dict(unroll="fixed"), dict(unroll="fixed", rbar=0)    # once: A has to ignore s_0
     arms = {"recurrent": {}, "twin": once, "untied": once | dict(n_layer=cfg.depth(cfg.rbar + 1)),
-            "fixed r": dict(unroll="fixed"), "no injection": dict(inject="none", k=32),
-            "no window": dict(window=0)}    # k=32, all: else no gradient reaches the prelude
+            "fixed r": fixed, "no injection": dict(inject="none"), "no window": dict(window=0)}
     arms |= {"added e": dict(inject="add"), "k = 1": dict(k=1)} if cfg.full else {}
     results, arms = {}, {arm: scale(replace(cfg, **change), 1) for arm, change in arms.items()}
     for arm, c in select(arms, cfg, run).items():
@@ -684,6 +685,7 @@ def bend(arms):
     a, b, c = (next((r for r, y in enumerate(curve, 1) if y >= 0.95), 65) for curve in curves)
     return abs((c - b) / (2 * (b - a)) - 1) if b > a else 1.0
 
+N = 12, 24, 48      # elements in the strings of the three lengths
 COLUMNS = "params mflops_per_token seconds loss excess n48_r64 decode_r4 kept_r8 kept_r64".split()
 CLAIMS = [  # name, measured from the arms, relation, needed
     ("C0 standard errors above a ceiling", lambda a: max(m["excess"] for m in a.values()), "<=", 3),
@@ -696,14 +698,12 @@ CLAIMS = [  # name, measured from the arms, relation, needed
     ("C2 n=48: r=48 less r=64", lambda a: at(a, 48, 48) - at(a, 48, 64), "<=", 0.02),
     ("C2 n=48: 20 untied layers", lambda a: at(a, 48, 1, arm="untied"), "<=", 0.73),
     ("C3 r for 95 %: off a line in n", bend, "<=", 0.25),
-    ("C4 exit: steps per element - 0.75",
+    ("C4 exit: |steps per element - 0.75|",
      lambda a: abs(a["recurrent"]["exit_slope"] - 0.75), "<=", 0.35),
     ("C4 exit: accuracy lost", lambda a: a["recurrent"]["exit_lost"], "<=", 0.01),
     ("C4 seconds saved / promised", lambda a: min(a["recurrent"]["seconds_saved"]), ">=", 0.8),
-    ("C5 two s_0: same answers",
-     lambda a: min(at(a, n, n, "agreement") for n in (12, 24, 48)), ">=", 0.995),
-    ("C5 two s_0: distance",
-     lambda a: max(at(a, n, n, "distance") for n in (12, 24, 48)), "<=", 0.05),
+    ("C5 two s_0: same answers", lambda a: min(at(a, n, n, "agreement") for n in N), ">=", 0.995),
+    ("C5 two s_0: distance", lambda a: max(at(a, n, n, "distance") for n in N), "<=", 0.05),
     ("C6 fixed less random r", lambda a: at(a, 48, 64, arm="fixed r") - at(a, 48, 64), ">=", -0.02),
     ("C6 what the window adds", lambda a: at(a, 48, 64) - at(a, 48, 64, arm="no window"), ">=", 0.1)
 ]
@@ -724,17 +724,17 @@ def plot(cfg, run, results):
             lengths.plot(r, curve["accuracy"], label=f"n = {n[i]}", **style)
             lengths.plot(r, curve["ceiling"], ":", color=color)
             lengths.axvline(m["exit_steps"][i], color=color, linestyle="--")
-            for states in m["orbits"]:
-                orbit.plot(*zip(*(points[i] for points in states)), **style)
+            for states, how in zip(m["orbits"], (dict(lw=6, alpha=0.3), dict(ls="--", marker="x"))):
+                orbit.plot(*zip(*(points[i] for points in states)), **style | how)
             orbit.plot(*states[-1][i], "*", color=color, ms=28, label=f"x_{n[2] * i // 2 or 1}")
-        parts.plot(r, curve["ceiling"], ":", color="#000000", label="ceiling")
-    lengths.set(title="Accuracy climbs along its ceiling (dotted); dashed: exit")
+        parts.plot(r, curve["ceiling"], ":", color="#000000", label="ceiling of recurrent")
+        lengths.set(title="Accuracy climbs along its ceiling (dotted); dashed: exit")
+        orbit.set(title=f"Two starts end {curve['distance'][-1]:.2f} |s| apart (stars)")
     parts.set(title=f"n = {n[2]} is solved by {solved}")
     for panel in (lengths, parts, orbit) if m else (parts,):
         panel.set(xlabel="iterations r", ylabel="accuracy of the running products")
         panel.legend(loc=(0.62, 0.47) if panel is parts else "best")    # clear of all curves
-    apart = max(map(math.dist, *(states[-1] for states in m["orbits"]))) if m else math.nan
-    orbit.set(title=f"Two starts end {apart:.2f} apart (stars)", xlabel="axis 1", ylabel="axis 2")
+    orbit.set(xlabel="axis 1 (thick: one start, dashed: the other)", ylabel="axis 2")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=11)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=100))
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import recurrent_depth as rd
+from tests.quick import unpainted
 
 SMALL = dict(n_layer=4, n_head=2, n_embd=16, seq_len=13, batch_size=12, device="cpu")
 same = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
@@ -179,7 +180,7 @@ def test_with_k_of_r_or_more_the_gradient_is_the_full_one():
     assert not any(torch.equal(found[name], cut[name]) for name in found if "coda" not in name)
 
 
-def test_everything_learns_with_k_1_but_without_injection_the_prelude_does_not():
+def test_everything_learns_with_k_1_and_without_injection_through_all_iterations():
     model = build(std=0.3, k=1)
     idx, s0, _ = data(model)
     found = gradients(model, model(idx, s0, 5).square().sum())
@@ -187,7 +188,12 @@ def test_everything_learns_with_k_1_but_without_injection_the_prelude_does_not()
     assert found["adapter.weight"][:, :16].any() and found["adapter.weight"][:, 16:].any()
     model = build(std=0.3, k=1, inject="none")
     found = gradients(model, model(idx, s0, 5).square().sum())
-    assert all((g is None) == name.startswith("prelude") for name, g in found.items())
+    s = model.encode(idx)       # there is no other path to the prelude
+    for _ in range(5):
+        s = model.step(s, None)
+    expected = gradients(model, model.read_out(s).square().sum())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(g.abs().max() > 0 for g in found.values())
 
 
 def test_memory_of_a_training_step_depends_on_k_and_not_on_r():
@@ -469,18 +475,87 @@ def test_a_token_passes_as_many_blocks_as_depth_says(changes, r):
     assert len(calls) == model.cfg.depth(r) == 2 + r * (model.cfg.n_layer - 2)
 
 
-def test_exits_measure_single_sequences(tmp_path, monkeypatch):
-    cfg = rd.Config(**SMALL, out=str(tmp_path))
-    model, sizes = build(std=0.3), []
+@pytest.mark.parametrize("task, batch_size, rows", [
+    ("parity", 12, 4), ("parity", 4, 2), ("parity", 3, 1), ("parity", 2, 1), ("parity", 1, 1),
+    ("s3", 24, 4), ("s3", 12, 2), ("s3", 1, 1)])
+def test_exits_measure_single_sequences_of_different_sets(
+        tmp_path, monkeypatch, task, batch_size, rows):
+    changes = SMALL | dict(task=task, batch_size=batch_size)
+    cfg = rd.Config(**changes, out=str(tmp_path))
+    model, seen = build(**changes, std=0.3), []
 
     def think(model, idx, s, cfg):
-        sizes.append(len(idx))
+        seen.append(idx)
         return model.read_out(s), 2 * idx.size(1)
 
     monkeypatch.setattr(rd, "think", think)
     monkeypatch.setattr(rd, "R_TEST", 128)
     monkeypatch.setattr(model, "forward", lambda idx, s, r: model.read_out(s))
     result = rd.exits(model, cfg, rd.Run(cfg))
-    assert set(sizes) == {1} and len(sizes) == 3 * 4 * 4
+    assert {len(idx) for idx in seen} == {1} and len(seen) == 3 * rows * 4
+    for T in (13, 25, 49):
+        strings = {tuple(idx[0].tolist()) for idx in seen if idx.size(1) == T}
+        assert len({x[2:] for x in strings}) == len(strings) == rows
+        assert len({x[1] for x in strings}) == min(rows, len(rd.GROUPS[task]))
     assert result["exit_steps"] == [26, 50, 98] and result["exit_slope"] == pytest.approx(2)
     assert result["exit_lost"] == 0
+
+
+def test_exit_that_saves_no_iteration_is_measured_and_all_that_is_timed_ends_in_a_number(
+        tmp_path, monkeypatch):
+    """A number on the host: what a GPU was only told to do has no value yet."""
+    cfg, ends = rd.Config(**SMALL, out=str(tmp_path)), []
+
+    def repeat(job, **_):
+        ends.append(job())
+        return [2.0, 1.0 + len(ends) % 2, 2.0]      # early 2 s, full 1 s
+
+    monkeypatch.setattr(rd.timeit, "repeat", repeat)
+    monkeypatch.setattr(rd, "R_TEST", 4)
+    monkeypatch.setattr(rd, "think", lambda model, idx, s, cfg: (model.read_out(s), 4))
+    result = rd.exits(build(std=0.3), cfg, rd.Run(cfg))
+    assert len(ends) == 3 * 4 * 2 and {type(end) for end in ends} == {float}
+    assert result["exit_ms"] == [2000] * 3 and result["full_ms"] == [1000] * 3
+    assert result["seconds_saved"] == pytest.approx([(1 - 2) / (1 / 4)] * 3)
+
+
+# ---- Bad input and the picture
+
+
+@pytest.mark.parametrize("flags", [dict(seed=0), dict(k=0), dict(rbar=0), dict(n_layer=2)], ids=str)
+def test_wrong_values_are_refused(flags):
+    """Seed 0 would train on the batches of the validation."""
+    with pytest.raises(ValueError, match=next(iter(flags))):
+        rd.Config(**flags)
+
+
+def panels(arms, monkeypatch, tmp_path):
+    """What plot draws of these arms."""
+    figures, Figure = [], rd.Figure
+    monkeypatch.setattr(rd, "Figure", lambda **how: figures.append(Figure(**how)) or figures[-1])
+    cfg = rd.Config(out=str(tmp_path), device="cpu")
+    with unpainted():
+        rd.plot(cfg, rd.Run(cfg), {"arms": arms, "environment": {"device": "cpu"}})
+    return figures[0].axes
+
+
+def curves(r):
+    return [dict(accuracy=[0.5] * r, ceiling=[1.0] * r, distance=[0.5] * (r - 1) + [0.25])] * 3
+
+
+def test_panels_without_curves_state_no_finding(monkeypatch, tmp_path):
+    axes = panels({"twin": dict(curves=curves(1), n48_r64=0.5)}, monkeypatch, tmp_path)
+    assert [panel.get_title() for panel in axes] == ["", "n = 48 is solved by no arm", ""]
+
+
+def test_both_paths_are_told_apart_and_their_distance_is_that_of_all_channels(
+        monkeypatch, tmp_path):
+    path = [[[0.0, float(r)]] * 3 for r in range(64)]
+    arm = dict(curves=curves(64), n48_r64=1.0, exit_steps=[9, 18, 30], orbits=[path, path])
+    _, parts, orbit = panels({"recurrent": arm}, monkeypatch, tmp_path)
+    assert "ceiling of recurrent" in parts.get_legend_handles_labels()[1]
+    assert orbit.get_title() == "Two starts end 0.25 |s| apart (stars)"
+    looks = [(line.get_linestyle(), line.get_marker()) for line in orbit.lines]
+    assert looks == [(line, mark) for one in "osD" for line, mark in
+                     [("-", one), ("--", "x"), ("None", "*")]]
+    assert orbit.lines[0].get_linewidth() > 2 * orbit.lines[1].get_linewidth()
