@@ -292,8 +292,8 @@ def test_every_row_gets_every_count_equally_often(L, B, monkeypatch):
 
 def test_loss_by_hand_for_questions_and_statements(float64):
     """The prompt is never masked; each row counts the same; the EOS behind an answer are answers."""
-    cfg = config(task="facts", seq_len=8, batch_size=64)
-    model, batch = build(task="facts", seq_len=8), llada.make_batch(cfg, "train", 3)
+    cfg = config(source="facts", seq_len=8, batch_size=64)
+    model, batch = build(source="facts", seq_len=8), llada.make_batch(cfg, "train", 3)
     grads, eos = [], 0
     model.head.register_full_backward_hook(lambda m, i, o: grads.append(o[0]))
     loss, stats = llada.loss_fn(model, batch, cfg)
@@ -418,6 +418,13 @@ def test_gumbel_noise_draws_from_the_tempered_softmax(temp):
     assert (llada.pick(logits.expand(n, 4), 0.0) == 0).all()
 
 
+def test_noise_of_zero_changes_no_greedy_choice(monkeypatch):
+    """In float32 it is drawn once in 16 million, and log 0 times a temperature of 0 is no number."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    assert llada.pick(logits, 0.0).tolist() == llada.pick(logits, 1.0).tolist() == [1, 0]
+
+
 def test_noise_is_double_precision(monkeypatch):
     kinds, rand = [], torch.rand
     monkeypatch.setattr(torch, "rand", lambda *a, **k: kinds.append(k.get("dtype")) or rand(*a, **k))
@@ -471,6 +478,9 @@ def test_a_threshold_reveals_what_is_sure_and_always_something():
     torch.manual_seed(0)
     x, when, calls = llada.diffuse(stub, torch.zeros(2, 1).long(), 4, config(sure=0.8, temp=0.0))
     assert when.tolist() == [[0, 3, 1, 1, 2]] * 2 and calls == 3    # of .5 and .7 first the surer
+    cfg = config(sure=0.8, temp=0.0, remasking="random")    # how many says who: the sure ones
+    _, again, _ = llada.diffuse(stub, torch.zeros(40, 1).long(), 4, cfg)
+    assert again.tolist() == when[:1].tolist() * 40
 
 
 def test_finished_rows_are_not_computed():
@@ -570,7 +580,7 @@ def test_sequences_begin_at_every_word_and_behind_the_end_is_the_beginning(tmp_p
 
 def test_a_batch_is_a_function_of_seed_split_and_step():
     for task in ("text", "facts"):
-        one, two = (config(seed=seed, task=task) for seed in (1, 2))
+        one, two = (config(seed=seed, source=task) for seed in (1, 2))
         a, b, c = (llada.make_batch(cfg, "train", 5)["idx"] for cfg in (one, one, two))
         assert torch.equal(a, b) and not torch.equal(a, c)
         assert not torch.equal(a, llada.make_batch(one, "train", 6)["idx"])
@@ -582,7 +592,7 @@ def test_a_batch_is_a_function_of_seed_split_and_step():
 
 
 def test_nothing_in_training_asks_about_held_out_facts_and_all_are_stated():
-    cfg, asked, stated = config(task="facts", n_fact=20, n_taught=12, batch_size=500), set(), set()
+    cfg, asked, stated = config(source="facts", n_fact=20, n_taught=12, batch_size=500), set(), set()
     for step in range(4):
         x, _ = llada.documents(cfg, "train", torch.Generator().manual_seed(step))
         for row in x.tolist():
@@ -603,7 +613,7 @@ def test_nothing_in_training_asks_about_held_out_facts_and_all_are_stated():
 @pytest.mark.parametrize("order", ["any", "left"])
 def test_recall_of_a_network_that_knows_half_of_the_facts(order, tmp_path):
     """Also by Bayes' rule: from left to right the stub knows p(description | name) only."""
-    cfg = config(task="facts", order=order, n_fact=8, n_taught=4, seq_len=8, out=str(tmp_path))
+    cfg = config(source="facts", order=order, n_fact=8, n_taught=4, seq_len=8, out=str(tmp_path))
     V = llada.vocabulary(cfg)
 
     def logits(z):
@@ -668,10 +678,51 @@ def test_steps_are_printed_and_filmed(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("flags", [["--task", "facts"], ["--only", "ar facts"], ["--only", "llada"]])
+@pytest.mark.parametrize("flags", [["--only", "ar facts"], ["--only", "llada"]])
 def test_a_picture_of_some_arms_has_no_empty_legend(flags, tmp_path):
     llada.main(["--smoke", *flags, "--out", str(tmp_path)])
     assert (tmp_path / "llada.png").exists()
+
+
+def arms_of(monkeypatch, out, **changes):
+    """{arm: Config} of all arms."""
+    found, cfg = {}, llada.Config(**SMALL | changes, full=True, out=str(out))
+    monkeypatch.setattr(llada, "select", lambda arms, *_: found.update(arms) or {})
+    llada.experiment(cfg, llada.Run(cfg))
+    return found
+
+
+@pytest.mark.parametrize("flags", [{}, dict(order="left"), dict(source="facts"),
+                                   dict(order="left", source="facts", n_fact=3, n_taught=2)], ids=str)
+def test_arms_say_themselves_what_is_learnt_in_which_order(flags, tmp_path, monkeypatch):
+    arms = arms_of(monkeypatch, tmp_path, steps=50, **flags)
+    assert {arm: (c.order, c.source, c.steps, c.seq_len) for arm, c in arms.items()} == {
+        "ar": ("left", "text", 50, 17), "llada": ("any", "text", 50, 17),
+        "ar facts": ("left", "facts", 150, 8), "llada facts": ("any", "facts", 150, 8),
+        "few taught": ("any", "facts", 150, 8)}
+    assert arms["few taught"].n_taught == max(1, arms["llada"].n_fact // 4)
+
+
+def test_rows_that_name_numbers_of_steps_or_orders_take_no_threshold(tmp_path, monkeypatch):
+    """All others take it as it is given; `confident` has its own."""
+    seen, diffuse = [], llada.diffuse
+    monkeypatch.setattr(llada, "diffuse", lambda *a: seen.append(a[3].sure) or diffuse(*a))
+    cfg = config(n_sample=2, n_denoise=8, sure=1e-9, temp=0.0, out=str(tmp_path))
+    model = llada.LLaDA(cfg)
+    rows = llada.sample_rows(model, cfg, llada.Run(cfg))["samples"]
+    thresholds = dict(zip(list(rows)[1:], seen, strict=True))
+    assert [thresholds.pop(name) for name in ("blocks", "confident", "sample")] == [1e-9, 0.9, 1e-9]
+    assert set(thresholds.values()) == {0} and len(thresholds) == 20
+    assert [rows[f"low temp=0 N={n}"]["nfe"] for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert rows["sample"]["nfe"] == 1
+
+
+def test_a_source_without_entropy_leaves_its_claim_open(tmp_path):
+    m = {"history": [dict(arm="llada")], "real entropy": 0.0, "free random temp=1 entropy": 1.0}
+    claims, cfg = [c for c in llada.CLAIMS if "real" in c[0]], config(out=str(tmp_path))
+    for m["real entropy"], verdict in (0.0, "not judged"), (1.05, "holds"), (2.0, "does not hold"):
+        found = llada.report(cfg, llada.Run(cfg), {"llada": m}, [], claims)["claims"]
+        assert [claim["verdict"] for claim in found] == [verdict]
 
 
 @pytest.mark.parametrize("law", ["count", "rate", "order"])
@@ -686,7 +737,7 @@ def test_claims_compare_the_estimators(law):
 
 
 @pytest.mark.parametrize("flags", [dict(n_taught=200), dict(prompt=16, seq_len=17), dict(temp=-1.0),
-                                   dict(task="facts", seq_len=7), dict(n_sample=0)], ids=str)
+                                   dict(source="facts", seq_len=9), dict(n_sample=0)], ids=str)
 def test_wrong_values_are_refused(flags):
     with pytest.raises(ValueError):
         llada.Config(**flags)

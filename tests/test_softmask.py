@@ -460,6 +460,31 @@ def test_relay_floors_of_the_default_length(reach, floor):
     assert softmask.relay_floor(64, reach) == pytest.approx(floor, abs=6e-5)
 
 
+def test_a_floor_beyond_the_length_is_that_of_the_length():
+    assert softmask.relay_floor(8, 20) == pytest.approx(softmask.relay_floor(8, 8), abs=1e-12)
+    assert softmask.relay_floor(8, 5) > softmask.relay_floor(8, 8)
+
+
+@pytest.mark.parametrize("flags, arm, reaches, which", [
+    ({}, "mdlm", [2, 4, 6], 0), ({}, "looped", [4, 8, 12], 0), ({}, "softmask", [2, 4, 6], 1),
+    (dict(n_pass=1), "softmask", [2], 0),
+    (dict(p_sm=0.0), "softmask", [2, 4, 6], 0),     # without a gate there is no second pass
+    (dict(window=4), "looped", [16, 16, 16], 0), (dict(window=10**9), "mdlm", [16, 16, 16], 0),
+    (dict(window=0), "softmask", [16, 16, 16], 1)], ids=str)
+def test_floors_are_of_what_a_pass_can_see(flags, arm, reaches, which, tmp_path, monkeypatch):
+    """And that of the loss is of its pass. Reaches beyond all tokens would not fit into memory."""
+    cfg = softmask.Config(**SMALL | dict(n_pass=3, only=arm, out=str(tmp_path)) | flags)
+    found = dict(loss=1.0, loss_se=0.0, by_pass=[])
+    monkeypatch.setattr(softmask, "train", lambda *_: [dict(seconds=0.0)])
+    monkeypatch.setattr(softmask, "evaluate", lambda *_: found)
+    monkeypatch.setattr(softmask, "infill", lambda *_: {})
+    monkeypatch.setattr(softmask, "draw_samples", lambda *_: [dict(nfe=4, jumps=3.5)])
+    monkeypatch.setattr(softmask, "relay_floor", lambda L, reach: reach if L == 16 else None)
+    m = softmask.experiment(cfg, softmask.Run(cfg))[arm]
+    assert m["floors"] == reaches and m["floor"] == reaches[which]
+    assert m["jumps"] == {"4": 3.5}
+
+
 def test_evaluation_after_every_pass(tmp_path):
     """The exact denoisers of reach 2, 3, 4, ... in turn, each with the belief of the one before."""
     cfg = softmask.Config(**SMALL, batch_size=64, eval_batches=2, n_pass=4, out=str(tmp_path))
@@ -506,9 +531,11 @@ def test_infilling_with_an_exact_denoiser_reaches_its_closed_form(tmp_path):
     m = softmask.infill(exact, cfg, softmask.Run(cfg))
     # many steps: at sixteen positions sixteen draws are nearly one after the other
     assert m["infill"] == pytest.approx(m["infill_exact"], abs=0.02)
+    assert m["infill"] == m["infill T=16"]
     blind = lambda z, belief: torch.full((*z.shape, V), -math.log(V))
-    m = softmask.infill(blind, cfg, softmask.Run(cfg))
-    assert m["infill"] == pytest.approx(1 / 12, abs=0.01)
+    m = softmask.infill(blind, softmask.replace(cfg, n_denoise=64), softmask.Run(cfg))
+    assert m["infill"] == m["infill T=8"] == pytest.approx(1 / 12, abs=0.01)
+    assert "infill T=16" not in m
 
 
 def test_a_saved_and_loaded_gate_gives_the_same_lam():
@@ -535,18 +562,55 @@ def test_every_parameter_is_clipped_once():
 
 
 @pytest.mark.parametrize("flags", [dict(p_sm=1.1), dict(top_k=13), dict(top_k=0),
-                                   dict(n_pass=0), dict(gate_speed=0.0), dict(n_loop=0)], ids=str)
+                                   dict(n_pass=0), dict(gate_speed=0.0), dict(n_loop=0),
+                                   dict(seed=0)], ids=str)
 def test_wrong_values_are_refused(flags):
     with pytest.raises(ValueError, match=next(iter(flags))):
         softmask.Config(**flags)
 
 
+def arms_by_hand():
+    mdlm = {"slack": 0.02, "loss": 0.81, "infill": 0.3, "infill T=16": 0.33, "untrained": 0.77,
+            "jumps": {"32": 17, "64": 15, "128": 12}}
+    soft = {"slack": 0.03, "loss": 0.5, "infill": 0.5, "infill T=16": 0.43,
+            "by_pass": [0.891, 0.66, 0.5], "jumps": {"32": 13, "64": 9, "128": 8, "256": 7}}
+    return {"mdlm": mdlm, "softmask": soft}
+
+
 def test_claims_by_hand():
-    mdlm = dict(slack=0.02, loss=0.81, infill=0.33, untrained=0.77, jumps=[17, 15, 12])
-    soft = dict(slack=0.03, loss=0.66, by_pass=[0.891, 0.66], infill=0.43, jumps=[13, 9, 8])
-    arms = {"mdlm": mdlm, "softmask": soft}
-    measured = [measure(arms) for _, measure, _, _ in softmask.CLAIMS]
+    measured = [measure(arms_by_hand()) for _, measure, _, _ in softmask.CLAIMS]
     assert measured == pytest.approx([0.02, 0.03, 0.81, 0.66, 15, 0.6, 0.2, 0.1, 0.1, 0.11])
+
+
+@pytest.mark.parametrize("arm, change, unknown", [
+    ("softmask", dict(by_pass=[0.891]), [3, 9]),                        # --n_pass 1
+    ("mdlm", dict(jumps={"32": 17, "64": 15}), [6]),                    # --n_denoise 64
+    ("softmask", dict(jumps={"128": 8, "256": 7}), [5]),
+    ("mdlm", {"infill T=16": None}, [7]),
+    ("mdlm", dict(jumps={"64": 0, "128": 0}), [5, 6])])                 # --seq_len 1
+def test_claims_about_what_was_not_measured_are_not_judged(arm, change, unknown, tmp_path, capsys):
+    arms, cfg = arms_by_hand(), softmask.Config(**SMALL, out=str(tmp_path))
+    arms["mdlm"]["history"], arms["softmask"]["history"] = [dict(arm="mdlm")], []
+    arms[arm] |= change
+    claims = softmask.report(cfg, softmask.Run(cfg), arms, [], softmask.CLAIMS)["claims"]
+    assert [i for i, claim in enumerate(claims) if claim["verdict"] == "not judged"] == unknown
+
+
+@pytest.mark.filterwarnings("error")
+def test_all_arms_look_different(tmp_path):
+    looks = [(s["color"], s["marker"]) for s in softmask.STYLES.values()]
+    assert len(set(looks)) == len(looks) == 6
+    row, styles = dict(step=1, val_loss=1.0), []
+    m = dict(mflops_update=1.0, history=[row], loss=1.0, steps=1, seconds=1.0, floor=1.0,
+             floors=[1.0], samples=[dict(nfe=4, jumps=3.5, se=0.1, seconds=1.0)])
+    cfg = softmask.Config(**SMALL, full=True, out=str(tmp_path))
+    results = dict(arms=dict.fromkeys(softmask.STYLES, m), environment=dict(device="cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softmask.Figure, "savefig", lambda figure, *_, **__: styles.extend(
+            (line.get_color(), line.get_marker()) for line in figure.axes[0].lines
+            if line.get_marker() != "None"))
+        softmask.plot(cfg, softmask.Run(cfg), results)
+    assert styles == looks
 
 
 def test_an_undertrained_network_is_called_void(tmp_path, monkeypatch, capsys):
