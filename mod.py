@@ -19,8 +19,9 @@ future, so a small predictor learns to say from the token alone whether it would
 (8)  at inference i enters the block if sigmoid(p_i) > 1/2, that is p_i > 0
 (9)  forward FLOPs per token = full (24 C^2 + 4 T C) + routed (24 C^2 + 4 k C) k/T + routers + head
 
-x_i residual stream `x` | r `r` | p `p` | A `A` | f `Block.update` | T `seq_len` | C `n_embd`
-g `gate` | w `routers` | MLP2 `predictors` | full, routed: number of blocks | B batch, hs head size
+x_i `x` | r `r` | p `p` | A `A` | f `Block.update` | g `gate` | w `routers` | MLP2 `predictors`
+T `seq_len` | C `n_embd` | B batch, R some rows of it | V characters | nh heads, hs head size
+full, routed: numbers of blocks; N stands for `routed` in shapes
 
 What it shows. Four arms get the same training FLOPs, each with its own cosine: dense (all blocks
 full; mod without routers), shallow (no routed blocks), mod, random (Gaussian scores, no gate).
@@ -31,18 +32,18 @@ full; mod without routers), shallow (no routed blocks), mod, random (Gaussian sc
   M4  loss of routed tokens minus others      0.342 +- 0.443  needed >= 0.1, holds on 2 of 3
   M4  step time, mod / dense                  0.627 +- 0.054  needed <= 0.7, holds on 3 of 3
   M5  loss of shallow minus mod, not promised -0.011 +- 0.010  needed >= 0.0, holds on 0 of 3
-Seeds 1-3, nats. M2 and M5 are no more than seeds differ; in 16 runs with other settings M2 had the
-other sign three times. Cached decoding takes 3/4 of dense's time for one row, as long for 32 rows.
+Seeds 1-3, nats. M2 is no more than seeds differ. Shallow leads mod on all three: M1 is the gain of
+fewer full blocks, not of routing. Decoding takes 0.6-0.8 of dense's time, 0.7-1.1 with 32 rows.
 
-What the paper leaves open. Its r is w . x_i and itself the gate; norm, 2 sigmoid (1 at the start),
+What the paper leaves open. Its r is w . x_i and itself the gate; norm, 2 sigmoid (1 for r = 0),
 MLP2, odd blocks and 0.01 are ours. Others go wrong by a softmax over tokens, which is not causal
 (kyegomez/Mixture-of-Depths, main.py), by x counted twice (epfml/llm-baselines, branch
 mixture_of_depth), by top-k in decoding (astramind-ai/Mixture-of-depths). Left out: experts (MoDE).
 
 Exercises
   1. --capacity 0.5: at equal FLOPs fewer steps. Does the loss get worse, the leak of M3 smaller?
-  2. --routed_every 1: some tokens meet no block at all. What do they cost?
-  3. --gate none: nothing trains the router any more. Is mod then still better than random?
+  2. --routed_every 1: some tokens meet no block at all (bars at 0). How high is their loss?
+  3. --gate none, seeds 1-3: nothing trains the router. Does M2 differ from the default's 0.01?
 
 New here: MoD, flops_per_token, generate, decode, read_text
 """
@@ -90,7 +91,7 @@ class Config:
     # method
     routed_every: int = 2           # every n-th block is routed (1: all, 0: none, i.e. plain)
     capacity: float = 0.125         # share of the tokens that a routed block processes
-    routing: Literal["learned", "random"] = "learned"       # what picks the tokens
+    routing: Literal["learned", "random"] = "learned"       # who picks (gate, causal: learned only)
     gate: Literal["sigmoid", "raw", "none"] = "sigmoid"     # factor g(r) on a routed update
     causal: Literal["predictor", "aux"] = "predictor"       # how the choice at inference is learned
     corpus: str = ""                # UTF-8 text to train on (empty: the script's own)
@@ -151,9 +152,7 @@ def read_text(path):
 
 def make_batch(cfg, split, step):
     """Batch number `step` of a split: random windows, and the same windows one character on.
-
-    A function of its arguments alone; the validation windows are the same for all seeds.
-    """
+    A function of its arguments alone; the validation windows are the same for all seeds."""
     ids = read_text(cfg.corpus)[1][split]
     rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step if split == "train" else step)
     start = torch.randint(len(ids) - cfg.seq_len, (cfg.batch_size, 1), generator=rng)
@@ -390,7 +389,7 @@ class MoD(nn.Module):
     def gate(self, r):
         """The factor g(r) on an update: through it the router gets a gradient. (B, T) -> (B, T)"""
         kind = "none" if self.cfg.routing == "random" else self.cfg.gate
-        return {"sigmoid": 2 * r.sigmoid(), "raw": r, "none": 1 + 0 * r}[kind]
+        return {"sigmoid": 2 * r.sigmoid(), "raw": r, "none": 1 + 0 * r}[kind]  # 0 r: DDP needs it
 
     def picked(self, i, x, r):
         """Block i in training: gathers the top k, processes them alone, adds the result back."""
@@ -406,7 +405,7 @@ class MoD(nn.Module):
     def masked(self, i, x, r, keep):
         """Block i for any choice `keep` (B, T): computes all tokens, hides and drops the others."""
         B, T, C = x.shape
-        own = torch.eye(T, dtype=torch.bool, device=x.device)           # (T, T)  none to see: NaN
+        own = torch.eye(T, dtype=torch.bool, device=x.device)   # (T, T)  softmax of nothing is NaN
         mask = (keep[:, None] | own).tril()[:, None]                    # (B, 1, T, T)
         f = self.blocks[i].update(x, self.rope[:T], lambda k, v: (k, v, mask))      # (B, T, C)
         return x + (keep * self.gate(r))[..., None] * f                 # Eq. 3
@@ -424,7 +423,7 @@ class MoD(nn.Module):
         return x.index_put((rows[:, None], A), f, accumulate=True)      # Eq. 3
 
     def forward(self, idx, start=0, caches=None):
-        """idx (B, T) -> logits (B, T, V), and p and keep of the L routed blocks, both (L, B, T).
+        """idx (B, T) -> logits (B, T, V), and p and keep of the N routed blocks, both (N, B, T).
 
         With `caches`, a KVCache for every block, idx continues a text of `start` tokens.
         """
@@ -469,7 +468,7 @@ def loss_fn(model, batch, cfg):
 
 @torch.no_grad()
 def generate(model, idx, n_new, temp, seed=0):
-    """Samples n_new tokens after idx (B, n): ids (B, n + n_new) and who was kept (L, B, *)."""
+    """Samples n_new tokens after idx (B, n): ids (B, n + n_new) and who was kept (N, B, *)."""
     assert idx.size(1) + n_new <= model.cfg.seq_len, "prompt and new tokens exceed seq_len"
     rng, keeps, start = torch.Generator(idx.device).manual_seed(seed), [], 0
     caches = [KVCache(len(idx), model.cfg, idx.device) for _ in model.blocks]
@@ -592,7 +591,7 @@ def evaluate(model, cfg, run):
     return metrics
 
 def decode(model, cfg, run):
-    """Milliseconds to add a token to 32 rows and to one, best of three; a sample, its routing."""
+    """Milliseconds per new token, prompt included, for 32 rows and one; a sample, its routing."""
     (tok, splits), result, n_new = read_text(cfg.corpus), {}, cfg.seq_len // 4
     for batch_size in (32, 1):
         prompt = splits["val"][: cfg.seq_len - n_new].repeat(batch_size, 1).to(run.device)

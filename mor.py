@@ -7,8 +7,7 @@ before, and attention sees only them, so that FLOPs and cache shrink along with 
 
 (1)  layer l is block u(l): cycle l mod b | sequence l div R; middle_*: with own first and last
 (2)  z_t = w_r . h_t / sqrt(C)                      score of token t in front of pass r
-(3)  A_r = the k_r of A_{r-1} with the largest z, in order;  k_r = T (R-r+1) / R
-     capacity warm-up: A_r = all
+(3)  A_r = the k_r of A_{r-1} with the largest z, in order;  k_r = T (R-r+1) / R;  warm-up: all
 (4)  y = Block(h[A_r]), at the tokens' positions; kv="share": keys and values of pass 1, of all
 (5)  h_t <- h_t + g (y_t - h_t) for t in A_r;  paper: h_t + 0.1 g y_t;  g = sigmoid(z_t)
 (6)  CE + sum_r mean over A_{r-1} of lambda BCE(z_t, t in A_r) + lambda_z z_t^2;  lambda: 0.05 (in
@@ -18,13 +17,15 @@ before, and attention sees only them, so that FLOPs and cache shrink along with 
 (9)  token choice: p = softmax(W h_t) before pass 1, depth i = argmax p, h_t + p_i Block^i(h_t);
      CE + 0.1 R sum_i (share of tokens of depth i) mean p_i;  as their code; paper: p in every pass
 
-r pass of R `n_loop` | t token | b shared blocks | h `x` | w, v `router` `decider` | A_r `A` `keep`
-T `seq_len` | C `n_embd` | hs head size | lambda_z `z_weight` | g gate, g_j operand | B, N rows
+r pass of R `n_loop` (KVCache: R rows) | t token | b shared blocks | h `x`, in (9) `h` | p `z`
+w, v `router` `decider` | A_r `A` `keep`, A_0 all | lambda `aux_weight` | lambda_z `z_weight`
+T `seq_len` | C `n_embd` | nh heads of size hs | g gate, g_j operand | B, N rows | V symbols
 
-What it shows (by rule 7). In filler stand folds g1 .. g5 of elements of the group S3, as many
-symbols as pass 3 holds. At each g_j the product so far is asked; hard: j = 5. recursive: all take R
-passes; uniform: 2, FLOPs of mor; random: noise picks, no gate; wide: 4 C. Timed with 32 rows: with
-the 8 of a training step routing saves no time. C4: operands in the last pass (by chance: 0.33).
+What it shows (rule 7, seeds 1-3). Filler holds folds g1 .. g5 in the group S3: 15 symbols, as many
+as pass 3. Asked at g_j: the product so far; hard: j = 5 (accuracy or nats). recursive: all take R
+passes; single: 1; uniform: 2, for 1.2 of the steps (mor's FLOPs); random: noise picks. Only mor has
+a gate: C2, C3 test gate and choice. C1: a routed step, untrained, 32 rows, width 4 C (8 rows at C:
+no time saved). C4: share of operands in pass 3 (chance 0.33); top-k is worse than the causal rule.
   C0 hard: recursive - single         0.639 +- 0.109  needed >= 0.15, holds on 3 of 3
   C1 step time: mor / recursive, wide 0.705 +- 0.017  needed <= 0.92, holds on 3 of 3
   C1 saved time / saved FLOPs, wide   0.876 +- 0.051  needed >= 0.8, holds on 3 of 3
@@ -36,11 +37,11 @@ the 8 of a training step routing saves no time. C4: operands in the last pass (b
   C4 |causal - top-k|                 0.010 +- 0.012  needed <= 0.02, holds on 2 of 3
 
 What the paper leaves open. Its code (raymin0223/mixture_of_recursions) evaluates by top-k and so
-sees the future; (7) is our reading. Ours: 1 / sqrt(C), 0.05 for 0.001, a warm-up of this length,
-delta (what is new enters the paper's (5) ten times weaker), clipping apart. Left out: loss-free
-balance; token choice runs all tokens (FLOPs: as if balanced); share makes k, v it never reads.
-Exercises: 1. --capacity_warmup 0: whom does a router send on that never saw what a pass is for?
-2. --full: what do the paper's gate, a shared cache, or own first and last layers change?
+sees the future; (7) is our reading. Ours: 1 / sqrt(C), 0.05 for 0.001, the warm-up, clipping apart,
+delta (the paper's (5) adds what is new ten times weaker). Left out: loss-free balance, tasks chase
+and text; token choice runs all tokens (FLOPs: as if balanced). The paper's rival: vanilla (--full).
+Exercises: 1. --capacity_warmup 0 --only mor --out out/cold: whom does a router send on that never
+saw what a pass is for? 2. --full --resume: paper gate, shared kv, middle: what does each change?
 New here: ALPHABET, MOST, S3, PRODUCT, fold_rows, MoR, rollout, METRICS, timings, ARMS, ABLATIONS
 """
 
@@ -88,10 +89,10 @@ class Config:
     update: Literal["delta", "paper"] = "delta"     # what the gate scales, Eq. 5
     kv: Literal["cache", "share"] = "cache"     # share: all passes use the first's keys and values
     aux: Literal["loss", "router", "none"] = "loss"     # how the choice at inference is learned
-    aux_weight: float = 0.05        # weight of the auxiliary loss
-    z_weight: float = 0.0           # weight of the z-loss
+    aux_weight: float = 0.05        # weight of the auxiliary loss (aux router: always 1)
+    z_weight: float = 0.0           # weight of the z-loss, router expert only
     capacity_warmup: float = 0.4    # share of the steps in which all tokens take all passes
-    n_fold: int = 3                 # folds in a sequence
+    n_fold: int = 3                 # folds (five operands in a row) in a sequence
     # training
     steps: int = 5400               # optimiser steps; scaled where arms must cost the same
     batch_size: int = 8             # sequences in a step, over all processes
@@ -135,7 +136,7 @@ S3 = list(itertools.permutations(range(3)))
 PRODUCT = torch.tensor([[S3.index(tuple(g[i] for i in h)) for h in S3] for g in S3])    # g h
 
 def fold_rows(cfg, rng):
-    """Easy filler, deep folds g1 .. g5: symbols, product so far, place in the fold or 0. (B, T)"""
+    """Filler that counts (99 %), folds g1 .. g5: symbols, product so far, j or 0 outside. (B, T)"""
     B, n, w = cfg.batch_size, cfg.n_fold, cfg.seq_len // cfg.n_fold     # a fold in every w symbols
     g, count = (torch.randint(m, (B, n, w), generator=rng) for m in (len(S3), 900))     # (B, n, w)
     start = 1 + torch.randint(w - MOST, (B, n, 1), generator=rng)       # (B, n, 1)
@@ -149,7 +150,7 @@ def fold_rows(cfg, rng):
 
 def make_batch(cfg, split, step):
     """Batch number `step` of a split, a function of its arguments alone; validation is the same for
-    all seeds. Without noise in it, which ranks for the router random, all take all passes."""
+    all seeds. The warm-up's have no `noise` (which ranks for random): then all take all passes."""
     train = split == "train"
     rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step if train else -1 - step)
     idx, product, level = fold_rows(cfg, rng)                           # (B, T)
@@ -369,7 +370,7 @@ class MoR(nn.Module):
             self.decider = nn.Linear(C, R, bias=False)
 
     def parts(self):
-        return [[p] for p in self.parameters()]     # clipped apart: no router disturbs the rest
+        return [[p] for p in self.parameters()]     # each alone: no router disturbs the rest
 
     def scores(self, r, x, h):
         """Scores z of pass r, which rank the tokens, and q: a token may go on if q > 0. (B, T)"""
@@ -474,7 +475,7 @@ def loss_fn(model, batch, cfg):
 
 @torch.no_grad()
 def rollout(model, idx, n_new):
-    """idx (B, n) and the likeliest n_new tokens after it. (B, n + n_new)"""
+    """For timing: idx (B, n) and n_new argmaxes, behind operands products. (B, n + n_new)"""
     caches = [[KVCache(len(idx), model.cfg, idx.device) for _ in s] for s in model.stages]
     for start in [0, *range(idx.size(1), idx.size(1) + n_new - 1)]:     # not compiled: by data
         logits = model.eval().forward(idx[:, start:], start=start, caches=caches)[0]
@@ -565,7 +566,7 @@ def train(arm, model, cfg, run):
     return history
 
 # ---- 7. Evaluation -------------------------------------------------------------------------------
-METRICS = {     # causal rule (_topk: training's); means of what is selected: loss is of folds alone
+METRICS = {     # causal rule (_topk: training's); loss (in log.csv val_loss) is of operands alone
     "loss": lambda e: e.nll[e.level > 0], "loss_topk": lambda e: e.nll_topk[e.level > 0],
     "hard": lambda e: e.nll[e.level == MOST], "hard_topk": lambda e: e.nll_topk[e.level == MOST],
     "depth": lambda e: e.keep.sum(0), "needed": lambda e: e.level[e.keep[-1]] > 0,
@@ -574,7 +575,7 @@ METRICS = {     # causal rule (_topk: training's); means of what is selected: lo
 
 @torch.no_grad()
 def evaluate(model, cfg, run):
-    """METRICS of validation rows by the causal rule: nats, accuracies, what is routed; a sample."""
+    """METRICS, a sample. The warm-up does not train the causal rule: val_loss is high there."""
     parts = []
     for i in range(cfg.eval_batches):
         batch = run.to_device(make_batch(cfg, "val", i))
@@ -590,7 +591,7 @@ def evaluate(model, cfg, run):
     return means | {"sample": e.idx[0].tolist(), "passes": e.keep.sum(0)[0].tolist()}
 
 def timings(model, cfg, run, routed):
-    """ms per decoded token; if `routed`, step time and FLOPs over unrouted, at C and at 4 C."""
+    """ms per decoding step of all rows; if `routed`, fresh models' time, FLOPs over unrouted."""
     found, n, cfg = {}, cfg.seq_len // 2, replace(cfg, batch_size=32)
     for rows in (32, 1) if cfg.router != "random" else ():
         idx = run.to_device(make_batch(replace(cfg, batch_size=rows), "val", 0))["idx"][:, :n]
@@ -665,7 +666,7 @@ def report(cfg, run, arms, columns, claims, **more):
     return results
 
 ARMS = {"recursive": lambda c: dict(router="none"),       # the method switched off
-        "uniform": lambda c: dict(router="none", n_loop=(n := (c.n_loop + 1) // 2),     # all passes
+        "uniform": lambda c: dict(router="none", n_loop=(n := (c.n_loop + 1) // 2),     # as mor's
             steps=round(c.steps / n * (c.n_loop + 1 + c.capacity_warmup * (c.n_loop - 1)) / 2)),
         "single": lambda c: dict(router="none", n_loop=1),
         "mor": lambda c: {}, "random": lambda c: dict(router="random")}
@@ -725,7 +726,8 @@ def plot(cfg, run, results):
     folds.axhline(1 / len(S3), color="#999999", linestyle="--", label="guessing")
     folds.legend(title="training")
     folds.set(xlabel="place in the fold", ylabel="accuracy of the product so far", xticks=js,
-              title=f"{max(shown, key=lambda arm: shown[arm]['k5'])} folds five operands best")
+              title=", ".join(f"{arm} {shown[arm]['k5']:.0%}" for arm in ("mor", "uniform")
+                              if arm in shown) + " right after five operands")
     if "mor" in shown:
         m, r = shown["mor"], torch.arange(cfg.n_loop)                   # (R,)
         grid = torch.tensor(m["passes"])[:48] > r[:, None]              # (R, n)

@@ -708,6 +708,7 @@ def test_floor_in_the_picture_by_hand(tmp_path, monkeypatch):
         coconut.plot(cfg, coconut.Run(cfg), dict(arms={"cot": cot}, environment=dict(device="cpu")))
     x, floor = figures[0].axes[2].lines[-1].get_data()
     assert (x[0], x[-1]) == (0, 1000)
+    assert "floor of stages" in figures[0].axes[2].get_ylabel()    # not of every arm
     middle = floor[[10, 30, 50, 70, 90]]        # of every stage; the first word is one of two
     assert middle == pytest.approx([math.log(2) / n for n in (5, 4, 3)] + [0, 0])
 
