@@ -12,7 +12,7 @@ METHOD, BASE, OTHER, LINE = "#0072b2", "#000000", "#e69f00", "#d55e00"
 
 # script: title, what is measured, {label: (arm, metric)} with the method last, (line, its meaning)
 PANELS = {
-    "mod": ("mod: beats dense, ties shallow", "loss (nats), equal training FLOPs",
+    "mod": ("mod: beats dense, not shallow", "loss (nats), equal training FLOPs",
             {"dense": ("dense", "loss"), "random": ("random", "loss"),
              "shallow": ("shallow", "loss"), "mod": ("mod", "loss")}, None),
     "mor": ("mor: three passes at the price of two", "right after five operands",
@@ -21,7 +21,7 @@ PANELS = {
     "tah": ("tah: a second pass for few", "right answers to hard questions (%)",
             {"one pass": ("standard", "hard"), "all twice": ("always", "hard"),
              "all twice,\nduo": ("always_duo", "hard"), "tah": ("tah", "hard")}, (100 / 7, "a guess")),
-    "adainfer": ("adainfer: what stopping early saves", "time of a batch of prompts (ms)",
+    "adainfer": ("adainfer: a smaller model saves as much", "time of a batch of prompts (ms)",
                  {"all layers": ("adainfer", "ms_dense"), "smaller model": ("smaller", "ms_dense"),
                   "stopping": ("adainfer", "ms_stop")}, None),
     "looped": ("looped: depth without parameters", "right after 4 hops and more",
@@ -38,9 +38,9 @@ PANELS = {
               "own word": ("selftok", "greedy"), "hrpo": ("hrpo", "greedy")}, None),
     "llada": ("llada: facts asked in reverse", "right answers",
               {"left to right": ("ar facts", "reverse"), "llada": ("llada facts", "reverse")}, None),
-    "remdm": ("remdm: remasking repairs", "errors per sequence, 512 steps",
+    "remdm": ("remdm: remasking repairs", "jumps per sequence, 512 steps",
               {"mdlm": ("mdlm", "network mdlm 512"), "fb": ("mdlm", "network fb 512"),
-               "cap": ("mdlm", "network cap 512"), "loop": ("mdlm", "network loop 512")}, (5.775, "truth")),
+               "loop": ("mdlm", "network loop 512"), "cap": ("mdlm", "network cap 512")}, (5.775, "truth")),
     "softmask": ("softmask: beliefs cross steps", "loss (nats), equal training FLOPs",
                  {"mdlm": ("mdlm", "loss"), "looped": ("looped", "loss"),
                   "softmask": ("softmask", "loss")}, (0.802, "floor of one pass")),

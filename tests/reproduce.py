@@ -131,18 +131,21 @@ def table():
     return "\n".join(lines)
 
 
-def cells(name, claims):
-    """Three cells of the README's first table: what some claims measured, minutes, picture."""
+def cells(name, text):
+    """Three cells of the README's first table: what was measured, minutes, picture.
+
+    In the text, {claim} or {arm.metric} is replaced by a mean and its standard deviation.
+    """
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return "not measured yet | - | -"
     stored = json.loads(path.read_text())
     found = {claim["claim"]: claim["measured"] for claim in stored["claims"]}
-    shown = [f"{c}: **{found[c]['mean']:.2f} ± {found[c]['sd']:.2f}**" for c in claims.split("; ")]
+    found |= {f"{arm}.{k}": v for arm, m in stored["arms"].items() for k, v in m.items()}
+    shown = re.sub("{(.+?)}", lambda m: "**{mean:.2f} ± {sd:.2f}**".format(**found[m[1]]), text)
     always = sum(set(claim["verdicts"]) == {"holds"} for claim in stored["claims"])
-    note = f"{always} of {len(found)} claims hold on all seeds"
     minutes, picture = f"{stored['seconds']['mean'] / 60:.1f}", f"[see](data/results/{name}.png)"
-    return f"{'; '.join([*shown, note])} | {minutes} | {picture}"
+    return f"{shown}; {always} of {len(stored['claims'])} claims hold | {minutes} | {picture}"
 
 
 def rewrite(readme):

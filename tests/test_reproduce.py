@@ -27,9 +27,13 @@ def test_every_script_stands_in_the_readme_with_numbers_from_its_evidence():
     assert list(rows) == sorted(rows, key=lambda name: readme.index(f"| [{name}.py]({name}.py) |"))
     assert set(rows) == {path.stem for path in reproduce.scripts()}
     for path in STORED:
-        first = json.loads(path.read_text())["claims"][0]["measured"]
-        shown = reproduce.cells(path.stem, json.loads(path.read_text())["claims"][0]["claim"])
-        assert f"**{first['mean']:.2f} ± {first['sd']:.2f}**" in shown and shown.count(" | ") == 2
+        stored = json.loads(path.read_text())
+        (arm, metrics), claim = next(iter(stored["arms"].items())), stored["claims"][0]
+        shown = reproduce.cells(path.stem, f"{{{claim['claim']}}} of {{{arm}.params}}"
+                                if "params" in metrics else f"{{{claim['claim']}}}")
+        parts = [claim["measured"], *([metrics["params"]] if "params" in metrics else [])]
+        assert shown.startswith(" of ".join(f"**{m['mean']:.2f} ± {m['sd']:.2f}**" for m in parts))
+        assert shown.count(" | ") == 2
     assert reproduce.cells("no_such_script", "C1").startswith("not measured yet")
 
 
