@@ -1,6 +1,6 @@
 """Thinking in mixtures of words, learned from rewards alone: hybrid latent reasoning.
 
-Yue et al., HRPO, arXiv 2505.18454. Run: python hrpo.py (three minutes on two CPU cores).
+Yue et al., HRPO, arXiv 2505.18454. Run: python hrpo.py (four minutes on two CPU cores).
 
 A model that thinks aloud samples a word and reads it at the next step; what else it believed is
 lost. Here it reads a blend of that word with the mean of all words, weighted by probability. Words

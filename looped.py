@@ -733,8 +733,8 @@ def plot(cfg, run, results):
         for arm in trio:
             bar = bars.bar(f"{arm}\n{name}", arms[prefix + arm][name], color=STYLES[arm]["color"])
             bars.bar_label(bar, fmt="%.2f")
-        gaps += [f"{percent_gap(arms, name, prefix):.0f} % in {name}"] if len(trio) == 3 else []
-    bars.set(ylabel=by_depth.get_ylabel(), title="Loops for depth: " + ", ".join(gaps))
+        gaps += [f"{arms[prefix + arm][name]:.2f} in {name}" for arm in trio if arm == "looped"]
+    bars.set(ylabel="accuracy (chain: hardest third)", title="Looped: " + ", ".join(gaps))
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=12)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=80))
 

@@ -615,3 +615,14 @@ def test_objective_by_hand(smoothing, share):
         means.append(sum(found) / len(found))
     same(loss, sum(means) / 20)
     same(stats["loss"], loss.detach())
+
+
+def test_clock_times_a_mixture_of_the_tasks(tmp_path, monkeypatch):
+    """Rows of a batch stand in the order of their tasks; the first eight alone would be of one."""
+    timed = []
+    monkeypatch.setattr(adainfer, "clock", lambda model, idx, rule, tau: timed.append(idx) or {})
+    cfg = config(out=str(tmp_path), batch_size=100)
+    adainfer.compare(build(), cfg, adainfer.Run(cfg))
+    tasks = (timed[0][:, 0] - adainfer.TAG) // 4
+    assert len(timed[0]) == 1024 and len(tasks[:8].unique()) > 2
+    assert (tasks.bincount(minlength=5) > 150).all()
