@@ -227,7 +227,6 @@ def check_common(cfg):
 
 class Run:
     """Where a run happens: device, number format, processes, output folder. Raises ValueError."""
-
     def __init__(self, cfg):
         self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
                                         [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
@@ -304,7 +303,6 @@ def rotate(x, rope):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention with rotary positions and normalised queries and keys."""
-
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
@@ -323,7 +321,6 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Two layers with a squared ReLU between them."""
-
     def __init__(self, cfg):
         super().__init__()
         self.fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
@@ -335,7 +332,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """A pre-norm transformer layer; `update` is what it adds to the residual stream."""
-
     def __init__(self, cfg):
         super().__init__()
         self.attn = CausalSelfAttention(cfg)
@@ -362,7 +358,6 @@ def grow(cache, k, v):
 
 class Coconut(nn.Module):
     """A causal transformer; it is a plain one unless slot="thought" and steps are removed."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, C = cfg, cfg.n_embd
@@ -468,10 +463,8 @@ def load_checkpoint(run, arm, cfg):
     return state
 
 def train(arm, model, cfg, run):
-    """Trains one arm, or goes on from its checkpoint. Returns its rows of log.csv.
-
-    All randomness follows from seed and step, so that a resumed run repeats the numbers exactly.
-    """
+    """Trains one arm, or goes on from its checkpoint; returns its rows of log.csv. All randomness
+    follows from seed and step, so that a resumed run repeats the numbers exactly."""
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
                             fused=True)
     step, history = 0, []
@@ -620,10 +613,8 @@ def table(rows):
 
 def report(cfg, run, arms, columns, claims, **more):
     """Prints arms and claims as tables, writes log.csv and results.json, returns the latter.
-
     A claim (name, measure, relation, needed) holds if measure(arms) <= or >= needed. It is not
-    judged below the full budget, or where an arm that it needs was left out.
-    """
+    judged below the full budget, or where an arm that it needs was left out."""
     verdicts = []
     for name, measure, relation, needed in claims:
         try:

@@ -225,7 +225,6 @@ def check_common(cfg):
 
 class Run:
     """Where a run happens: device, number format, processes, output folder. Raises ValueError."""
-
     def __init__(self, cfg):
         self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
                                         [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
@@ -302,7 +301,6 @@ def rotate(x, rope):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention with rotary positions and normalised queries and keys."""
-
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
@@ -321,7 +319,6 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Two layers with a squared ReLU between them."""
-
     def __init__(self, cfg):
         super().__init__()
         self.fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
@@ -333,7 +330,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """A pre-norm transformer layer; `update` is what it adds to the residual stream."""
-
     def __init__(self, cfg):
         super().__init__()
         self.attn = CausalSelfAttention(cfg)
@@ -354,7 +350,6 @@ def put(cache, at, k, v):
 
 class ThoughtGate(nn.Module):
     """Blends the word that was sampled with the mixture of all words, channel by channel."""
-
     def __init__(self, cfg):
         super().__init__()
         self.speed = cfg.gate_speed     # Adam's step has no scale: times s here, s times as fast
@@ -380,7 +375,6 @@ class ThoughtGate(nn.Module):
 
 class HRPO(nn.Module):
     """A causal transformer; with the supervised model `base`, one that reinforcement trains."""
-
     def __init__(self, cfg, base=None):
         super().__init__()
         self.cfg, self.feed, C = cfg, cfg.feed, cfg.n_embd
@@ -512,10 +506,8 @@ def load_checkpoint(run, arm, cfg):
     return state
 
 def train(arm, model, cfg, run):
-    """Trains one arm, or goes on from its checkpoint. Returns its rows of log.csv.
-
-    All randomness follows from seed and step, so that a resumed run repeats the numbers exactly.
-    """
+    """Trains one arm, or goes on from its checkpoint; returns its rows of log.csv. All randomness
+    follows from seed and step, so that a resumed run repeats the numbers exactly."""
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
                             fused=True)
     step, history = 0, []
@@ -624,10 +616,8 @@ def table(rows):
 
 def report(cfg, run, arms, columns, claims, **more):
     """Prints arms and claims as tables, writes log.csv and results.json, returns the latter.
-
     A claim (name, measure, relation, needed) holds if measure(arms) <= or >= needed. It is not
-    judged below the full budget, or where an arm that it needs was left out.
-    """
+    judged below the full budget, or where an arm that it needs was left out."""
     verdicts = []
     for name, measure, relation, needed in claims:
         try:

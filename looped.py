@@ -237,7 +237,6 @@ def check_common(cfg):
 
 class Run:
     """Where a run happens: device, number format, processes, output folder. Raises ValueError."""
-
     def __init__(self, cfg):
         self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in
                                         [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
@@ -314,7 +313,6 @@ def rotate(x, rope):
 
 class KVCache:
     """Keys and values of one layer in the order in which they came; every row has its own count."""
-
     def __init__(self, batch_size, cfg, device):
         size = batch_size, cfg.seq_len, cfg.n_head, cfg.n_embd // cfg.n_head
         self.k, self.v = torch.zeros(size, device=device), torch.zeros(size, device=device)
@@ -322,9 +320,7 @@ class KVCache:
 
     def extend(self, k, v, rows, new):
         """Appends k, v (R, nh, n, hs) to `rows` (R,); of n positions the first `new` (R,) are real.
-
-        Returns all keys and values of these rows and a mask (R, 1, n, length): itself and earlier.
-        """
+        Returns all keys, values of these rows and a mask (R, 1, n, length): itself and earlier."""
         slot = self.count[rows, None] + torch.arange(k.size(2), device=k.device)
         self.k[rows[:, None], slot] = k.transpose(1, 2).to(self.k.dtype)
         self.v[rows[:, None], slot] = v.transpose(1, 2).to(self.v.dtype)
@@ -335,7 +331,6 @@ class KVCache:
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention with rotary positions and normalised queries and keys."""
-
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
@@ -354,7 +349,6 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Two layers with a squared ReLU between them."""
-
     def __init__(self, cfg):
         super().__init__()
         self.fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
@@ -366,7 +360,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """A pre-norm transformer layer; `update` is what it adds to the residual stream."""
-
     def __init__(self, cfg):
         super().__init__()
         self.attn = CausalSelfAttention(cfg)
@@ -386,7 +379,6 @@ def block_flops(T, C):
 # ---- 4. Method -----------------------------------------------------------------------------------
 class LoopedGPT(nn.Module):
     """A causal transformer (k x L): n_layer blocks, passed n_loop times. One loop: plain."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, C, S = cfg, cfg.n_embd, 2 if cfg.task == "chain" else 1
@@ -513,10 +505,8 @@ def load_checkpoint(run, arm, cfg):
     return state
 
 def train(arm, model, cfg, run):
-    """Trains one arm, or goes on from its checkpoint. Returns its rows of log.csv.
-
-    All randomness follows from seed and step, so that a resumed run repeats the numbers exactly.
-    """
+    """Trains one arm, or goes on from its checkpoint; returns its rows of log.csv. All randomness
+    follows from seed and step, so that a resumed run repeats the numbers exactly."""
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
                             fused=True)
     step, history = 0, []
@@ -618,10 +608,8 @@ def table(rows):
 
 def report(cfg, run, arms, columns, claims, **more):
     """Prints arms and claims as tables, writes log.csv and results.json, returns the latter.
-
     A claim (name, measure, relation, needed) holds if measure(arms) <= or >= needed. It is not
-    judged below the full budget, or where an arm that it needs was left out.
-    """
+    judged below the full budget, or where an arm that it needs was left out."""
     verdicts = []
     for name, measure, relation, needed in claims:
         try:

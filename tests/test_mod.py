@@ -570,6 +570,32 @@ def test_objective_by_hand(changes, weight):
     same(loss, expected)
 
 
+# ---- Sizes and arms
+
+
+@pytest.mark.parametrize("flags", ["--seed 0", "--seq_len 3 --capacity 1", "--capacity 0.007"])
+def test_what_cannot_be_trained_or_decoded_is_refused(flags):
+    """Seed 0 would give training and validation the same windows."""
+    with pytest.raises(ValueError, match=flags.split()[0].strip("-")):
+        mod.parse_args(flags.split())
+
+
+def test_shortest_sequence_is_decoded(tmp_path):
+    cfg = mod.Config(**SMALL | dict(seq_len=4, out=str(tmp_path)))
+    found = mod.decode(mod.MoD(cfg, len(mod.read_text("")[0])), cfg, mod.Run(cfg))
+    assert len(found["sample"]) == 4 and len(found["sample_routing"][0]) == 3
+
+
+@pytest.mark.parametrize("seq_len, capacities", [(8, [0.25, 0.5]), (16, [0.0625, 0.25, 0.5])])
+def test_full_has_the_capacities_that_pick_a_token(seq_len, capacities, tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(mod, "select", lambda arms, cfg, run: found.update(arms) or {})
+    cfg = mod.Config(seq_len=seq_len, full=True, out=str(tmp_path))
+    mod.experiment(cfg, mod.Run(cfg))
+    some = {name: arm.capacity for name, arm in found.items() if name.startswith("capacity")}
+    assert some == {f"capacity {c}": c for c in capacities}
+
+
 # ---- FLOPs
 
 
@@ -660,3 +686,12 @@ def test_evaluation_by_brute_force(tmp_path):
     assert 0 < expected["loss_by_passes"].count(None) < 3
     assert {name: metrics[name] for name in expected} == {
         name: pytest.approx(value, abs=1e-10) for name, value in expected.items()}
+
+
+def test_without_a_predictor_no_accuracy_of_one_is_measured(tmp_path):
+    cfg = mod.Config(**SMALL, routing="random", batch_size=8, eval_batches=1, out=str(tmp_path))
+    metrics = mod.evaluate(mod.MoD(cfg, len(mod.read_text("")[0])), cfg, mod.Run(cfg))
+    assert 0.1 < metrics["keep_rate"] < 0.4 and "balanced_accuracy" not in metrics
+    measure = {claim[0]: claim[1] for claim in mod.CLAIMS}["M3 predictor, balanced accuracy"]
+    with pytest.raises(LookupError):    # then the report says "not judged"
+        measure({"mod": metrics})

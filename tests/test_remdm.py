@@ -738,10 +738,27 @@ def test_samples_are_measured_as_described(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [dict(t_on=0.05), dict(t_off=0.6), dict(eta=1.1), dict(top_p=1.5),
-                                   dict(rho=2.0), dict(alpha_on=0.0), dict(n_sample=0)], ids=str)
+                                   dict(rho=2.0), dict(alpha_on=0.0), dict(n_sample=0),
+                                   dict(t_off=0.0), dict(seq_len=1), dict(seed=0)], ids=str)
 def test_wrong_values_are_refused(flags):
+    """With t_off 0 the loop ends with masks; seed 0 would train on the validation's batches."""
     with pytest.raises(ValueError, match=next(iter(flags))):
         remdm.Config(**flags)
+
+
+def test_a_loop_that_ends_before_it_begins_is_called_by_name():
+    with pytest.raises(ValueError, match="^t_off=0.6 "):
+        remdm.Config(t_off=0.6)
+
+
+@pytest.mark.parametrize("mode", ["--lab", "--no-lab"])
+def test_shortest_sequences_and_one_step(mode, tmp_path):
+    """With one length T nothing can be compared, and no claim is made of jumps."""
+    flags = ["--smoke", mode, "--seq_len", "2", "--n_denoise", "1", "--out", str(tmp_path)]
+    with unpainted():
+        claims = remdm.main(flags)["claims"]
+    measured = [claim["measured"] for claim in claims if claim["claim"][:2] != "C0"]
+    assert measured == [None] * 6
 
 
 # ---- Claims and the lab
@@ -759,6 +776,31 @@ def test_claims_by_hand():
     assert measured == pytest.approx([5, 0.0125, 14 / 16, 0.5, 1, 0.8, 0.5, 4])
 
 
+def test_no_claim_is_made_of_samples_without_jumps():
+    arm = {f"{kind} {sampler} {T}": 0.0 for kind in ("network", "exact")
+           for sampler in remdm.SAMPLERS for T in (64, 128, 256, 512)}
+    for _, measure, _, _ in remdm.CLAIMS[2:]:
+        with pytest.raises(LookupError):
+            measure({"mdlm": arm})
+
+
+@pytest.mark.parametrize("lab, what", [(False, "jumps"), (True, "violations")])
+def test_axes_say_what_is_counted(lab, what, monkeypatch, tmp_path):
+    drawn, Figure = [], remdm.Figure
+    monkeypatch.setattr(remdm, "Figure", lambda **how: drawn.append(Figure(**how)) or drawn[-1])
+    cfg = remdm.Config(lab=lab, out=str(tmp_path), device="cpu")
+    row = dict(nfe=9, errors=2.0, se=0.1, truth=1.0, seconds=1.0)
+    rows = {f"exact {sampler} 512": row for sampler in ("mdlm", "cap")}
+    results = {"arms": {"mdlm": {"samples": rows}}, "environment": {"device": "cpu"}}
+    with unpainted():
+        remdm.plot(cfg, remdm.Run(cfg), results)
+    panel = drawn[0].axes[0]
+    assert panel.get_ylabel() == f"{what} per sequence"
+    assert f"changes {what} by +0.0" in panel.get_title()
+    assert panel.get_legend().get_title().get_text().startswith(f"{what} and seconds")
+    assert "truth: the goal" in panel.get_legend_handles_labels()[1]
+
+
 def test_an_undertrained_network_is_called_void(tmp_path, monkeypatch, capsys):
     with unpainted():
         results = remdm.main(["--smoke", "--out", str(tmp_path)])
@@ -772,7 +814,9 @@ def test_an_undertrained_network_is_called_void(tmp_path, monkeypatch, capsys):
 
 def test_the_lab_trains_nothing_and_samples_brackets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(remdm, "train", None)
-    results = remdm.main(["--smoke", "--lab", "--seq_len", "17", "--n_denoise", "8", "--out", str(tmp_path)])
+    flags = ["--smoke", "--lab", "--full", "--seq_len", "17", "--n_denoise", "8"]
+    results = remdm.main([*flags, "--out", str(tmp_path)])
+    assert list(results["arms"]) == ["mdlm"]    # it would be the same for every window
     rows = results["arms"]["mdlm"]["samples"]
     assert {name.split()[0] for name in rows} == {"blind", "sharp"}
     assert {name.split()[1] for name in rows} == set(remdm.SAMPLERS)
