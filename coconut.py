@@ -131,8 +131,8 @@ class Config:
         at_least(self, 2, "n_branch n_hop")
         check_common(self)
         most = max(self.start, self.mix, self.extra)
-        if self.batch_size % 4 or self.step_tokens > 2 or most >= 1:
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of 4, step_tokens="
+        if self.batch_size % 8 or self.step_tokens > 2 or most >= 1:
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of 8, step_tokens="
                              f"{self.step_tokens} 1 or 2, start, mix, extra (up to {most}) below 1")
 
     def lengths(self, stage):
@@ -518,9 +518,9 @@ def train(arm, model, cfg, run):
 
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 def two_way(logits, batch):
-    """Share of the answers (B, V) that prefer t to t'."""
+    """Share of the answers (B, V) that prefer t to t'; a tie, common in bfloat16, counts half."""
     right, wrong = logits.gather(1, batch["ends"]).unbind(1)            # (B,)
-    return (right > wrong).float().mean()
+    return ((right > wrong).float() + (right >= wrong).float()).mean() / 2
 
 @torch.no_grad()
 def evaluate(model, cfg, run):

@@ -733,7 +733,9 @@ def main(argv=None):
             print("".join(m["sample"]), "\n", *map("{}{}".format, m["sample"], m["when"]), "\n")
             if cfg.show:
                 show_steps(m["sample"], m["when"], run.out / f"{arm}.gif")
-        results = report(cfg, run, arms, COLUMNS, CLAIMS[:5] if cfg.corpus else CLAIMS)
+        text = "".join(map(read_words(cfg.corpus)[0].decode, read_words(cfg.corpus)[1].values()))
+        corpus = dict(characters=len(text), sha256=hashlib.sha256(text.encode()).hexdigest())
+        results = report(cfg, run, arms, COLUMNS, CLAIMS[:5 if cfg.corpus else None], corpus=corpus)
         plot(cfg, run, results)
         return results
 

@@ -16,21 +16,20 @@ before, and attention sees only them, so that FLOPs and cache shrink along with 
 (8)  FLOPs of T tokens = sum_r b (24 k_r C^2 + 4 k_r^2 C) + own layers + T (routers + head)
 (9)  token choice: p = softmax(W h_t) before pass 1, depth i = argmax p, h_t + p_i Block^i(h_t);
      CE + 0.1 R sum_i (share of tokens of depth i) mean p_i;  as their code; paper: p in every pass
-
 r pass of R `n_loop` (KVCache: R rows) | t token | b shared blocks | h `x`, in (9) `h` | p `z`
 w, v `router` `decider` | A_r `A` `keep`, A_0 all | lambda `aux_weight` | lambda_z `z_weight`
 T `seq_len` | C `n_embd` | nh heads of size hs | g gate, g_j operand | B, N rows | V symbols
 
 What it shows (rule 7, seeds 1-3). Filler holds folds g1 .. g5 in the group S3: 15 symbols, as many
 as pass 3. Asked at g_j: the product so far; hard: j = 5 (accuracy or nats). recursive: all take R
-passes; single: 1; uniform: 2, for 1.2 of the steps (mor's FLOPs); random: noise picks. Only mor has
-a gate: C2, C3 test gate and choice. C1: a routed step, untrained, 32 rows, width 4 C (8 rows at C:
-no time saved). C4: share of operands in pass 3 (chance 0.33); top-k is worse than the causal rule.
+passes; single: 1; uniform: 2, for 1.2 of the steps (mor's FLOPs); random: noise picks. These two
+have mor's gate: C2, C3 test the choice alone. C1: a routed step, untrained, 32 rows, 8 C wide (with
+8 rows at C no time is saved; decoding saves it at 16 C). C4: operands in pass 3 (by chance 0.33).
   C0 hard: recursive - single         0.639 +- 0.109  needed >= 0.15, holds on 3 of 3
-  C1 step time: mor / recursive, wide 0.705 +- 0.017  needed <= 0.92, holds on 3 of 3
-  C1 saved time / saved FLOPs, wide   0.876 +- 0.051  needed >= 0.8, holds on 3 of 3
-  C2 hard, nats: random - mor         1.443 +- 0.174  needed >= 0.1, holds on 3 of 3
-  C3 hard, nats: uniform - mor        0.537 +- 0.167  needed >= 0.05, holds on 3 of 3
+  C1 step time: mor / recursive, wide 0.682 +- 0.002  needed <= 0.92, holds on 3 of 3
+  C1 saved time / saved FLOPs, wide   0.949 +- 0.006  needed >= 0.8, holds on 3 of 3
+  C2 hard, nats: random - mor         1.314 +- 0.116  needed >= 0.1, holds on 3 of 3
+  C3 hard, nats: uniform - mor        0.421 +- 0.077  needed >= 0.05, holds on 3 of 3
   C3 share of C0 that mor reaches     1.122 +- 0.236  needed >= 0.7, holds on 3 of 3
   C4 operands in the last pass        0.851 +- 0.072  needed >= 0.7, holds on 3 of 3
   C4 causal and top-k agree           0.992 +- 0.006  needed >= 0.95, holds on 3 of 3
@@ -42,7 +41,7 @@ delta (the paper's (5) adds what is new ten times weaker). Left out: loss-free b
 and text; token choice runs all tokens (FLOPs: as if balanced). The paper's rival: vanilla (--full).
 Exercises: 1. --capacity_warmup 0 --only mor --out out/cold: whom does a router send on that never
 saw what a pass is for? 2. --full --resume: paper gate, shared kv, middle: what does each change?
-New here: ALPHABET, MOST, S3, PRODUCT, fold_rows, MoR, rollout, METRICS, timings, ARMS, ABLATIONS
+New here: ALPHABET, MOST, S3, PRODUCT, fold_rows, MoR, decode_all, METRICS, timings, ARMS, ABLATIONS
 """
 
 import argparse
@@ -85,7 +84,7 @@ class Config:
     seq_len: int = 45               # tokens in a training sequence
     sharing: Literal["cycle", "sequence", "middle_cycle", "middle_sequence"] = "cycle"  # see Eq. 1
     # method
-    router: Literal["expert", "token", "random", "none"] = "expert"     # chooses who goes on
+    router: Literal["expert", "token", "random", "gate", "none"] = "expert"     # gate: all go on
     update: Literal["delta", "paper"] = "delta"     # what the gate scales, Eq. 5
     kv: Literal["cache", "share"] = "cache"     # share: all passes use the first's keys and values
     aux: Literal["loss", "router", "none"] = "loss"     # how the choice at inference is learned
@@ -116,6 +115,7 @@ class Config:
     eval_only: bool = False         # load the trained weights, redo evaluation and plot
 
     inference = ()                  # no effect on training: a checkpoint may differ in these
+    warm = property(lambda self: self.capacity_warmup * (self.router != "token"))   # what is used
 
     def __post_init__(self):
         check_common(self)
@@ -125,7 +125,7 @@ class Config:
         if self.capacity_warmup >= 1:
             raise ValueError(f"capacity_warmup={self.capacity_warmup} must be below 1")
         if self.seq_len % self.n_fold or self.seq_len // self.n_fold <= MOST:
-            raise ValueError(f"seq_len={self.seq_len} must be n_fold={self.n_fold} times 6 or more")
+            raise ValueError(f"seq_len={self.seq_len} must be n_fold={self.n_fold} times 6, 7, ...")
 
 SMOKE = dict(n_layer=3, n_head=2, n_embd=16, seq_len=30, batch_size=4, steps=6, warmup=2,
              lr=1e-3, eval_every=3, eval_batches=1)
@@ -350,13 +350,14 @@ class MoR(nn.Module):
         u = [ends + (l % b if cycle else l // R) for l in range(b * R)]         # Eq. 1
         self.stages = [[0] * ends, *(u[r * b : (r + 1) * b] for r in range(R)),
                        [cfg.n_layer - 1] * ends]        # the blocks in front, in every pass, behind
-        self.share = [1, *(1 if cfg.router == "none" else (R - r) / R for r in range(R))]   # Eq. 3
+        all_go = cfg.router in ("gate", "none")
+        self.share = [1, *(1 if all_go else (R - r) / R for r in range(R))]     # Eq. 3
         self.embed = nn.Embedding(len(ALPHABET), C)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.head = nn.Linear(C, len(ALPHABET), bias=False)
         nn.init.zeros_(self.head.weight)
         self.register_buffer("rope", rope_table(cfg.seq_len, C // cfg.n_head), persistent=False)
-        if cfg.router in ("expert", "token"):
+        if cfg.router != "none":
             self.router = nn.Linear(C, R, bias=False)       # row r - 1 is the router of pass r
         if cfg.router == "expert" and cfg.aux == "router":
             self.decider = nn.Linear(C, R, bias=False)
@@ -366,7 +367,7 @@ class MoR(nn.Module):
 
     def scores(self, r, x, h):
         """Scores z of pass r, which rank the tokens, and q: a token may go on if q > 0. (B, T)"""
-        if self.cfg.router in ("none", "random"):
+        if self.cfg.router == "none":
             return x.new_zeros(2, *x.shape[:2])
         with torch.autocast(x.device.type, enabled=False):
             if self.cfg.router == "token":
@@ -374,7 +375,7 @@ class MoR(nn.Module):
                 return p[..., r - 1], p.argmax(-1) + 1.5 - r            # (B, T)
             x = x.float() / math.sqrt(x.size(-1))                       # (B, T, C)  in Eq. 2 and 6
             z = x @ self.router.weight[r - 1]                           # (B, T)  Eq. 2
-            return z, x.detach() @ self.decider.weight[r - 1] if self.cfg.aux == "router" else z
+            return z, x.detach() @ self.decider.weight[r - 1] if hasattr(self, "decider") else z
 
     def visit(self, s, x, start, caches, first, keep=None, A=None):
         """Stage s on x (B, T, C): the tokens at A (B, k), else those to keep, else all. Elsewhere
@@ -386,8 +387,9 @@ class MoR(nn.Module):
             rows = keep.any(1).nonzero().squeeze(1)                     # (N,)
             if len(rows) == 0:
                 return x
-            new = keep[rows].sum(1)                                     # (N,)
-            A = (~keep[rows]).sort(dim=1, stable=True).indices[:, : new.max()]      # (N, k)
+            if not keep.all():
+                new = keep[rows].sum(1)                                 # (N,)
+                A = (~keep[rows]).sort(dim=1, stable=True).indices[:, : new.max()]  # (N, k)
         elif keep is not None and A is None:        # all are computed, the others hidden
             mask = (keep[:, None] | (t[:, None] == t)).tril()[:, None]              # (B, 1, T, T)
         at = t[start:].expand(B, T) if A is None else start + A         # (N, k)
@@ -428,7 +430,7 @@ class MoR(nn.Module):
             elif share < 1:
                 keep = keep & (q > 0)                                   # (B, T)  Eq. 7
             y = self.visit(r, x, *run, keep if share < 1 else None, A)  # (B, T, C)
-            if self.cfg.router == "expert":
+            if self.cfg.router in ("expert", "random", "gate"):
                 paper, g = self.cfg.update == "paper", z.sigmoid()[..., None]       # (B, T, 1)
                 y = x + (0.1 * g * y if paper else g * (y - x))         # (B, T, C)  Eq. 5
             elif self.cfg.router == "token":        # in its last pass, a token's q is 0.5
@@ -445,7 +447,8 @@ class MoR(nn.Module):
         for layers, share in zip(passes, self.share[1:]):
             k = int(share * T + 1e-6) if routed else T      # 1e-6: share is rounded, k is not
             total += len(layers) * (block_flops(k, C) + 4 * k * (T - k) * C * shared)
-        return total / T + 2 * C * (len(ALPHABET) + hasattr(self, "router") * len(passes))  # Eq. 8
+        rows = [m.out_features for m in self.children() if isinstance(m, nn.Linear)]    # V, R, R
+        return total / T + 2 * C * sum(rows)                            # Eq. 8
 
 # ---- 5. Objective and decoding -------------------------------------------------------------------
 def loss_fn(model, batch, cfg):
@@ -466,13 +469,11 @@ def loss_fn(model, batch, cfg):
     return loss, stats
 
 @torch.no_grad()
-def rollout(model, idx, n_new):
-    """For timing: idx (B, n) and n_new argmaxes, behind operands products. (B, n + n_new)"""
+def decode_all(model, idx):
+    """Logits (B, T, V) of idx (B, T), symbol by symbol; who stays behind costs no more passes."""
     caches = [[KVCache(len(idx), model.cfg, idx.device) for _ in s] for s in model.stages]
-    for start in [0, *range(idx.size(1), idx.size(1) + n_new - 1)]:     # not compiled: by data
-        logits = model.eval().forward(idx[:, start:], start=start, caches=caches)[0]
-        idx = torch.cat([idx, logits[:, -1:].argmax(-1)], dim=1)
-    return idx
+    step = functools.partial(model.eval().forward, caches=caches)       # not compiled: shapes vary
+    return torch.cat([step(idx[:, t : t + 1], start=t)[0] for t in range(idx.size(1))], dim=1)
 
 # ---- 6. Training ---------------------------------------------------------------------------------
 def learning_rate(step, cfg):
@@ -577,27 +578,35 @@ def evaluate(model, cfg, run):
                                   hit=logits.argmax(-1) == batch["targets"]))
     e = argparse.Namespace(**{name: torch.cat([part[name] for part in parts], dim=-2).cpu()
                               for name in parts[0]})
-    means = {k: (v := f(e).double()).sum().item() / max(1, v.numel()) for k, f in METRICS.items()}
+    means = {k: v.double().mean().item() for k, f in METRICS.items() if len(v := f(e))}
     return means | {"sample": e.idx[0].tolist(), "passes": e.keep.sum(0)[0].tolist()}
 
 def timings(model, cfg, run, routed):
-    """ms per decoding step of all rows; if `routed`, fresh models' time, FLOPs over unrouted."""
-    found, n, cfg = {}, cfg.seq_len // 2, replace(cfg, batch_size=32)
+    """ms per decoding step of 32 rows and of 1; if `routed`, what fresh models take over unrouted
+    ones, time and FLOPs: in a training step, also at 8 C (wide), and to decode a row at 16 C."""
+    found, cfg = {}, replace(cfg, batch_size=32)
+    batch = run.to_device(make_batch(cfg, "train", cfg.steps))
+
+    def step(model):        # both end in a number, which waits for a GPU
+        F.cross_entropy(model(batch["idx"], batch["noise"])[0].mT, batch["targets"]).backward()
+        return model.head.weight.grad.sum().item()
+
+    def decode(model, rows=1):
+        return decode_all(model, batch["idx"][:rows]).sum().item()
+
     for rows in (32, 1) if cfg.router != "random" else ():
-        idx = run.to_device(make_batch(replace(cfg, batch_size=rows), "val", 0))["idx"][:, :n]
-        seconds = timeit.repeat(functools.partial(rollout, model, idx, n), number=1, repeat=3)
-        found[f"decode_ms_b{rows}"] = 1e3 * min(seconds) / n
-    for name, factor in [("", 1), ("_wide", 4)] if routed else ():
-        a, b = (replace(cfg, n_embd=factor * cfg.n_embd, router=r) for r in (cfg.router, "none"))
-        batch, times = run.to_device(make_batch(a, "train", cfg.steps)), [[], []]
-        models = [MoR(c).to(run.device) for c in (a, b)]
-        for _, (model, spent) in itertools.product(range(9), zip(models, times)):
-            start = time.perf_counter()
-            F.cross_entropy(model(batch["idx"], batch["noise"])[0].mT, batch["targets"]).backward()
-            model.head.weight.grad.sum().item()             # waits for a GPU
-            spent.append(time.perf_counter() - start)
-        found["ms_ratio" + name] = min(times[0]) / min(times[1])
-        found["flop_ratio" + name] = models[0].flops() / models[1].flops()
+        seconds = timeit.repeat(lambda: decode(model, rows), number=1, repeat=3)
+        found[f"decode_ms_b{rows}"] = 1e3 * min(seconds) / cfg.seq_len
+    jobs = [("", 1, step), ("_wide", 8, step), ("_decode", 16, decode)]
+    for name, factor, job in jobs if routed else ():
+        torch.manual_seed(cfg.seed)
+        a, b = models = [MoR(replace(cfg, n_embd=factor * cfg.n_embd, router=r)).to(run.device)
+                         for r in (cfg.router, "none")]
+        turns = [[timeit.timeit(lambda: job(m), number=1) for m in models] for _ in range(9)]
+        routed_s, unrouted_s = map(min, zip(*turns))
+        passes = a.eval()(batch["idx"][:1])[3].double().mean().item()   # share of all
+        found["ms_ratio" + name] = routed_s / unrouted_s
+        found["flop_ratio" + name] = passes if job == decode else a.flops() / b.flops()
     return found
 
 # ---- 8. Experiment -------------------------------------------------------------------------------
@@ -654,14 +663,15 @@ def report(cfg, run, arms, columns, claims, **more):
     return results
 
 ARMS = {"recursive": lambda c: dict(router="none"),       # the method switched off
-        "uniform": lambda c: dict(router="none", n_loop=(n := (c.n_loop + 1) // 2),     # as mor's
-            steps=round(c.steps / n * (c.n_loop + 1 + c.capacity_warmup * (c.n_loop - 1)) / 2)),
+        "uniform": lambda c: dict(router="gate", n_loop=(n := (c.n_loop + 1) // 2),     # as mor's
+            steps=round(c.steps / n * (c.n_loop + 1 + c.warm * (c.n_loop - 1)) / 2)),
         "single": lambda c: dict(router="none", n_loop=1),
         "mor": lambda c: {}, "random": lambda c: dict(router="random")}
-ABLATIONS = {"vanilla": lambda c: dict(router="none", n_loop=1, n_layer=c.n_layer * c.n_loop),
-             "middle": lambda c: dict(sharing="middle_cycle", n_layer=3),
+ABLATIONS = {"vanilla": lambda c: dict(router="none", n_loop=1,
+                                       n_layer=sum(map(len, MoR(c).stages))),
+             "middle": lambda c: dict(sharing="middle_cycle", n_layer=c.n_layer + 2),
              "paper gate": lambda c: dict(update="paper"), "no aux": lambda c: dict(aux="none"),
-             "token choice": lambda c: dict(router="token", capacity_warmup=0.0),
+             "token choice": lambda c: dict(router="token"), "gated": lambda c: dict(router="gate"),
              "shared kv": lambda c: dict(kv="share"), "aux router": lambda c: dict(aux="router")}
 
 def experiment(cfg, run):
@@ -671,8 +681,8 @@ def experiment(cfg, run):
     for arm, c in select(arms, cfg, run).items():
         torch.manual_seed(cfg.seed)
         model = MoR(c).to(run.device)
-        history, warm = train(arm, model, c, run), c.capacity_warmup * (c.router != "token")
-        flops = warm * model.flops(routed=False) + (1 - warm) * model.flops()
+        history = train(arm, model, c, run)
+        flops = c.warm * model.flops(routed=False) + (1 - c.warm) * model.flops()
         results[arm] = dict(params=sum(p.numel() for p in model.parameters()), steps=c.steps,
                             mflops_per_token=model.flops() / 1e6, seconds=history[-1]["seconds"],
                             train_tflop=3e-12 * flops * c.steps * c.batch_size * c.seq_len,
@@ -681,7 +691,8 @@ def experiment(cfg, run):
     return results
 
 COLUMNS = """params mflops_per_token train_tflop seconds loss loss_topk hard hard_topk k5 depth
-             needed agreement decode_ms_b1 decode_ms_b32 ms_ratio_wide flop_ratio_wide""".split()
+             needed agreement decode_ms_b1 decode_ms_b32 ms_ratio_wide flop_ratio_wide
+             ms_ratio_decode flop_ratio_decode""".split()
 CLAIMS = [  # name, measured from the arms, relation, needed; hard and k5: at j = MOST
     ("C0 hard: recursive - single", lambda a: a["recursive"]["k5"] - a["single"]["k5"], ">=", 0.15),
     ("C1 step time: mor / recursive, wide", lambda a: a["mor"]["ms_ratio_wide"], "<=", 0.92),
@@ -722,7 +733,8 @@ def plot(cfg, run, results):
         depth.imshow(0.2 + 0.8 * grid.numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1.1)
         depth.set_xticks(range(grid.size(1)), [ALPHABET[i] for i in m["sample"][:48]])
         depth.set(xlabel="letters are operands; dark: takes the pass", ylabel="pass", yticks=r,
-                  yticklabels=(r + 1).tolist(), title=f"Last pass: {m['needed']:.0%} operands")
+                  yticklabels=(r + 1).tolist(),
+                  title=f"Last pass: {m.get('needed', 0):.0%} operands")
     figure.supxlabel(f"{NAME}.py, seed {cfg.seed}, {results['environment']['device']}", fontsize=12)
     run.write(f"{NAME}.png", lambda file: figure.savefig(file, dpi=80))
 

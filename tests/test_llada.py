@@ -1,6 +1,7 @@
 """Oracles of llada.py: bounds by enumeration, sampler laws with exact predictors, numbers by hand."""
 
 import functools
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -657,6 +658,9 @@ def test_a_corpus_is_learnt_and_a_sample_and_its_order_are_shown(tmp_path, capsy
     assert "".join(m["sample"]) in out and set(m["sample"]) <= names
     assert len(m["when"]) == len(m["sample"]) == 16 and "truth" not in m
     assert "\033[32m" in out
+    text = path.read_text().replace("\n", " ") + " "       # what it was trained on: lines joined
+    assert results["corpus"] == dict(characters=len(text),
+                                     sha256=hashlib.sha256(text.encode()).hexdigest())
     assert not [c for c in results["claims"] if c["claim"][:2] in ("C2", "C3", "C4")]
     with Image.open(tmp_path / "llada.gif") as film:
         assert film.n_frames == max(m["when"]) + 1

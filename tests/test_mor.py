@@ -86,8 +86,8 @@ MAPS = {"cycle": (2, [], [[0, 1]] * 3, []), "sequence": (2, [], [[0, 0], [0, 1],
         "middle_sequence": (4, [0], [[1, 1], [1, 2], [2, 2]], [3])}
 
 
-def model_by_hand(model, idx, training):
-    """Logits, z and keep of one sequence idx (T,)."""
+def model_by_hand(model, idx, training, noise):
+    """Logits, z and keep of one sequence idx (T,); noise (R, T)."""
     cfg, T = model.cfg, len(idx)
     _, front, passes, behind = MAPS[cfg.sharing]
     x, every = centred(model.embed.weight[idx]), torch.arange(T)
@@ -96,9 +96,11 @@ def model_by_hand(model, idx, training):
     candidates, first, zs, keeps = list(range(T)), {}, [], []
     for r, layers in enumerate(passes, 1):
         z = x @ model.router.weight[r - 1] / math.sqrt(cfg.n_embd)
-        if training:
-            k = (3 - r + 1) * T // 3
-            best = sorted(candidates, key=lambda t: -z[t].item())[:k]
+        if cfg.router == "gate":
+            best = candidates
+        elif training or cfg.router == "random":
+            k, rank = (3 - r + 1) * T // 3, noise[r - 1] if cfg.router == "random" else z
+            best = sorted(candidates, key=lambda t: -rank[t].item())[:k]
         else:
             best = [t for t in candidates if r == 1 or z[t] > 0]
         candidates = sorted(best)
@@ -119,7 +121,9 @@ def model_by_hand(model, idx, training):
 
 VARIANTS = [dict(), dict(update="paper"), dict(kv="share"), dict(kv="share", update="paper"),
             *(dict(sharing=name, n_layer=MAPS[name][0]) for name in MAPS if name != "cycle"),
-            dict(sharing="middle_cycle", n_layer=4, kv="share")]
+            dict(sharing="middle_cycle", n_layer=4, kv="share"), dict(router="random"),
+            dict(router="random", update="paper"), dict(router="gate"),
+            dict(router="gate", aux="router"), dict(router="random", aux="router")]
 variants = pytest.mark.parametrize("changes", VARIANTS, ids=str)
 
 
@@ -130,11 +134,12 @@ def test_model_equals_the_one_by_hand(changes, training):
     logits, z, q, keep = model(idx, noise)
     assert q is not None and torch.equal(z, q)
     for b in range(3):
-        by_hand = model_by_hand(model, idx[b], training)
+        by_hand = model_by_hand(model, idx[b], training, noise[b])
         for found, right in zip((logits[b], z[:, b], keep[:, b].double()), by_hand):
             same(found, right.double())
     if not training:
-        assert 0 < keep[-1].double().mean() < keep[1].double().mean() < 1
+        assert 0 < keep[-1].double().mean() <= keep[1].double().mean() <= 1
+        assert keep.all() == (model.cfg.router == "gate")
 
 
 def test_passed_tokens_keep_their_original_positions():
@@ -251,8 +256,9 @@ def test_shared_weights_are_one_and_their_gradient_is_the_sum_over_copies(sharin
 def test_passes_add_no_parameters_but_their_routers():
     count = lambda **changes: sum(p.numel() for p in build(**changes).parameters())
     plain = 2 * 12 * 16**2 + 2 * VOCAB * 16
-    assert count(router="none") == count(router="none", n_loop=7) == count(router="random") == plain
-    assert count() == plain + 3 * 16 and count(aux="router") == plain + 2 * 3 * 16
+    assert count(router="none") == count(router="none", n_loop=7) == plain
+    assert count() == count(router="random") == count(router="gate") == plain + 3 * 16
+    assert count(aux="router") == plain + 2 * 3 * 16
 
 
 def test_switched_off_it_is_a_plain_transformer_that_draws_the_same_weights():
@@ -477,7 +483,7 @@ def test_top_k_leaks_the_future():
     (False, {}), (False, dict(aux="router")), (False, dict(update="paper")),
     (False, dict(kv="share")), (False, dict(sharing="middle_cycle", n_layer=3)),
     (False, dict(router="random")), (False, dict(router="token")), (True, dict(router="token")),
-    (True, dict(router="random")), (True, dict(router="none"))])
+    (True, dict(router="random")), (True, dict(router="gate")), (True, dict(router="none"))])
 def test_all_other_rules_do_not_leak_the_future(training, changes):
     model, idx, noise = build(**changes).train(training), tokens(100), noises(100)
     a, b = (model(ids, noise)[0] for ids in (idx, change_the_end(idx)))
@@ -500,6 +506,7 @@ def test_a_row_does_not_depend_on_the_others(training):
 
 PIECES = pytest.mark.parametrize("sizes", [[24], [1] * 24, [5, 1, 7, 1, 1, 9]], ids=str)
 DECODED = [{}, dict(kv="share"), dict(aux="router"), dict(router="none"), dict(router="token"),
+           dict(router="gate"),
            dict(sharing="middle_sequence", n_layer=4), dict(kv="share", sharing="middle_cycle",
                                                            n_layer=3, update="paper")]
 
@@ -526,14 +533,17 @@ def test_cached_decoding_equals_the_full_forward(changes, sizes):
         assert all(torch.equal(cache.count, expected) for cache in stage)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(kv="share"), dict(router="none")], ids=str)
-@pytest.mark.parametrize("n, n_new", [(5, 12), (1, 23), (23, 1)])
-def test_greedy_text_is_the_argmax_of_full_forwards(n, n_new, changes):
-    model, idx = build(**changes).eval(), tokens(3, n)
-    out = mor.rollout(model, idx, n_new)
-    for _ in range(n_new):
-        idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(out, idx)
+@pytest.mark.parametrize("changes", DECODED, ids=str)
+def test_symbol_by_symbol_no_token_meets_a_block_that_it_does_not_pass(changes):
+    model, idx, met = build(**changes).eval(), tokens(3), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, y: met.append(y.size(0) * y.size(1)))
+    logits = mor.decode_all(model, idx)
+    decoded, keep = sum(met), model(idx)[3]
+    same(logits, model(idx)[0])
+    front, *passes, behind = map(len, model.stages)
+    active = sum(n * kept.sum().item() for n, kept in zip(passes, keep))
+    assert decoded == active + (front + behind) * idx.numel()
 
 
 # ---- Random routing
@@ -556,6 +566,9 @@ def test_random_routing_takes_all_tokens_equally_often_and_does_not_look_at_them
     # a layer on k of 48 tokens: 24 k C^2 + 4 k^2 C over 48; head 2 C V; routers 2 C R
     (dict(router="none"), 3 * (24 * 32**2 + 4 * 48 * 32) + 2 * 32 * 15),
     (dict(router="none", n_loop=1), (24 * 32**2 + 4 * 48 * 32) + 2 * 32 * 15),
+    (dict(router="gate"), 3 * (24 * 32**2 + 4 * 48 * 32) + 2 * 32 * (15 + 3)),
+    (dict(aux="router"), (48 + 32 + 16) * 24 * 32**2 / 48 + (48**2 + 32**2 + 16**2) * 4 * 32 / 48
+     + 2 * 32 * (15 + 3 + 3)),
     ({}, (48 + 32 + 16) * 24 * 32**2 / 48 + (48**2 + 32**2 + 16**2) * 4 * 32 / 48
      + 2 * 32 * (15 + 3)),
     (dict(kv="share"), (48 + 32 + 16) * (24 * 32**2 + 4 * 48 * 32) / 48 + 2 * 32 * (15 + 3)),
@@ -569,7 +582,8 @@ def test_flops_equal_the_closed_form_and_a_count(changes, per_token):
     counter = FlopCounterMode(display=False)        # it does not know the fused kernel of a CPU
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(torch.zeros(2, 48, dtype=torch.long), torch.randn(2, 3, 48))
-    routers = 2 * 32 * 3 * (cfg.router == "expert")     # nor the product of a matrix and a vector
+    vectors = (cfg.router != "none") + (cfg.aux == "router")    # nor a matrix by a vector
+    routers = 2 * 32 * 3 * vectors
     assert counter.get_total_flops() / 96 == pytest.approx(per_token - routers, rel=1e-12)
 
 
@@ -648,13 +662,12 @@ def test_all_tokens_take_all_passes_during_the_warm_up(router):
     model, idx = build(router=router).train(), tokens(3)
     logits, _, _, keep = model(idx)
     assert keep.all() and not model(idx, noises(3))[3].all()
-    if router == "random":      # it has no gate: plain recursion
-        plain = build(router="none")
-        plain.load_state_dict(model.state_dict())
-        same(logits, plain(idx)[0])
-    else:                       # every token scales what it gets, and so learns what a pass is for
-        (grad,) = torch.autograd.grad(logits[:, -1].square().sum(), model.router.weight)
-        assert grad.abs().sum(1).min() > 0
+    gated = build(router="gate")
+    gated.load_state_dict(model.state_dict())
+    for mode in (True, False):
+        same(logits, gated.train(mode)(idx, noises(3))[0])
+    (grad,) = torch.autograd.grad(logits[:, -1].square().sum(), model.router.weight)
+    assert grad.abs().sum(1).min() > 0      # every token scales what it gets, in every pass
     assert model.flops(routed=False) > model.flops()
 
 
@@ -694,8 +707,10 @@ def test_evaluation_by_brute_force(tmp_path):
 
 
 @pytest.mark.parametrize("n_loop, warm", [(1, 0.4), (2, 0.4), (3, 0.0), (3, 0.4), (4, 0.25), (5, 0.8)])
-def test_uniform_makes_as_many_passes_in_all_as_mor(n_loop, warm):
-    cfg = mor.Config(n_loop=n_loop, capacity_warmup=warm, steps=1000)
+@pytest.mark.parametrize("router", ["expert", "token"])
+def test_uniform_makes_as_many_passes_in_all_as_mor(n_loop, warm, router):
+    cfg = mor.Config(n_loop=n_loop, capacity_warmup=warm, steps=1000, router=router)
+    warm *= router == "expert"      # by token choice all choose from the first step
     mean = sum((n_loop - r) / n_loop for r in range(n_loop))        # of a token that is routed, Eq. 3
     uniform = mor.replace(cfg, **mor.ARMS["uniform"](cfg))
     assert uniform.n_loop <= mean + 1e-9
@@ -713,18 +728,50 @@ def test_flops_of_training_count_the_warm_up_only_where_there_is_one(router, war
     assert m["train_tflop"] == pytest.approx(3e-12 * flops * tokens, rel=1e-9)
 
 
-def test_step_time_is_taken_with_32_rows_at_both_widths(tmp_path, monkeypatch):
-    make_batch, sizes = mor.make_batch, []
+def test_steps_are_timed_with_32_rows_at_two_widths_and_the_decoding_of_one_row_at_sixteen_times(
+        tmp_path, monkeypatch):
+    built, decoded, seconds, model = [], [], [], build()
+    MoR, decode_all = mor.MoR, mor.decode_all
 
-    def recording(cfg, split, step):
-        sizes.append((split, cfg.batch_size, cfg.n_embd))
-        return make_batch(cfg, split, step)
+    def building(cfg):
+        built.append(MoR(cfg))
+        for p in built[-1].parameters():
+            nn.init.normal_(p, std=0.3)
+        return built[-1]
 
-    monkeypatch.setattr(mor, "make_batch", recording)
+    def decoding(model, idx):
+        decoded.append((model, idx))
+        return decode_all(model, idx)
+
+    def timed(job, number):     # in turn: routed takes 2 to 10 s, unrouted 4
+        assert type(job()) is float and number == 1
+        seconds.append(4.0 if len(seconds) % 2 else 2.0 + len(seconds) % 9)
+        return seconds[-1]
+
+    monkeypatch.setattr(mor, "MoR", building)
+    monkeypatch.setattr(mor, "decode_all", decoding)
+    monkeypatch.setattr(mor.timeit, "timeit", timed)
     cfg = mor.Config(**SMALL | dict(batch_size=4), out=str(tmp_path))
-    found = mor.timings(build(), cfg, mor.Run(cfg), routed=True)
-    assert sizes == [("val", 32, 16), ("val", 1, 16), ("train", 32, 16), ("train", 32, 64)]
-    assert found["flop_ratio_wide"] > found["flop_ratio"] > 0
+    found = mor.timings(model, cfg, mor.Run(cfg), routed=True)
+    sizes = [(m.cfg.router, m.cfg.n_embd) for m in built]
+    assert sizes == [(r, n * 16) for n in (1, 8, 16) for r in ("expert", "none")]
+    assert [len(idx) for m, idx in decoded if m is model] == 3 * [32] + 3 * [1]
+    assert [m for m, _ in decoded if m is not model] == 9 * [built[4], built[5]]
+    assert {idx.shape for m, idx in decoded if m is not model} == {(1, 24)} and len(seconds) == 54
+    for i, name in enumerate(["", "_wide", "_decode"]):
+        turns = seconds[18 * i : 18 * i + 18]
+        assert found["ms_ratio" + name] == min(turns[::2]) / 4
+    assert found["flop_ratio"] == built[0].flops() / built[1].flops()
+    assert found["flop_ratio_wide"] == built[2].flops() / built[3].flops()
+    passes = built[4].eval()(decoded[-1][1])[3].sum().item()
+    assert found["flop_ratio_decode"] == pytest.approx(passes / (3 * 24)) and 24 < passes < 72
+
+
+def test_unrouted_arms_are_decoded_alone(tmp_path):
+    cfg = mor.Config(**SMALL, out=str(tmp_path))
+    for router, names in [("none", {"decode_ms_b32", "decode_ms_b1"}), ("random", set())]:
+        c = mor.replace(cfg, router=router)
+        assert set(mor.timings(build(router=router), c, mor.Run(c), routed=False)) == names
 
 
 @pytest.mark.parametrize("share", [1.0, 2.0])
@@ -744,4 +791,30 @@ def test_arms_are_the_method_switched_off_and_have_the_flops_they_claim():
     assert arms["mor"].flops(routed=False) == pytest.approx(flops["recursive"], rel=0.02)
     assert steps * flops["uniform"] / cfg.steps / trained == pytest.approx(1, rel=0.05)
     sizes = {arm: sum(p.numel() for p in model.parameters()) for arm, model in arms.items()}
-    assert sizes.pop("mor") - 3 * cfg.n_embd == sizes["random"] and len(set(sizes.values())) == 1
+    routers = {arm: (sizes[arm] - sizes["single"]) / cfg.n_embd for arm in arms}    # with a gate
+    assert routers == dict(recursive=0, uniform=2, single=0, mor=3, random=3)
+
+
+@pytest.mark.parametrize("changes, vanilla, middle", [
+    ({}, 3, 3), (dict(n_layer=2), 6, 4), (dict(n_layer=2, n_loop=4), 8, 4),
+    (dict(n_layer=4, sharing="middle_sequence"), 8, 6)], ids=str)
+def test_vanilla_is_as_deep_as_recursive_and_middle_adds_two_blocks(changes, vanilla, middle):
+    cfg = mor.Config(**changes)
+    arms = {arm: mor.replace(cfg, **mor.ABLATIONS[arm](cfg)) for arm in ("vanilla", "middle")}
+    assert arms["vanilla"].n_layer == vanilla and arms["middle"].n_layer == middle
+    plain = mor.MoR(mor.replace(cfg, router="none"))
+    deep = mor.MoR(arms["vanilla"])
+    assert deep.flops() == pytest.approx(plain.flops(), rel=1e-12)
+    assert sorted(sum(deep.stages, [])) == list(range(vanilla))     # every layer has own weights
+
+
+def test_what_no_token_was_asked_for_is_no_metric(tmp_path, monkeypatch):
+    """Not even 0: nobody takes the last pass, so that nothing is known of those who do."""
+    cfg = mor.Config(**SMALL | dict(batch_size=4, eval_batches=1), out=str(tmp_path))
+    model, one = build(), torch.ones(2, 4, 24)
+    scores = lambda r, x, h: one * (1.0 if r < 3 else -1.0)
+    monkeypatch.setattr(model, "scores", scores)
+    metrics = mor.evaluate(model, cfg, mor.Run(cfg))
+    assert "needed" not in metrics and metrics["depth"] == 2
+    with pytest.raises(LookupError):
+        {claim[0]: claim[1] for claim in mor.CLAIMS}["C4 operands in the last pass"]({"mor": metrics})

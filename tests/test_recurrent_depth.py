@@ -492,7 +492,7 @@ def test_exits_measure_single_sequences_of_different_sets(
     monkeypatch.setattr(rd, "R_TEST", 128)
     monkeypatch.setattr(model, "forward", lambda idx, s, r: model.read_out(s))
     result = rd.exits(model, cfg, rd.Run(cfg))
-    assert {len(idx) for idx in seen} == {1} and len(seen) == 3 * rows * 4
+    assert {len(idx) for idx in seen} == {1} and len(seen) == 3 * rows * 6
     for T in (13, 25, 49):
         strings = {tuple(idx[0].tolist()) for idx in seen if idx.size(1) == T}
         assert len({x[2:] for x in strings}) == len(strings) == rows
@@ -501,22 +501,25 @@ def test_exits_measure_single_sequences_of_different_sets(
     assert result["exit_lost"] == 0
 
 
-def test_exit_that_saves_no_iteration_is_measured_and_all_that_is_timed_ends_in_a_number(
+def test_exit_that_saves_no_iteration_promises_nothing_and_all_that_is_timed_ends_in_a_number(
         tmp_path, monkeypatch):
     """A number on the host: what a GPU was only told to do has no value yet."""
     cfg, ends = rd.Config(**SMALL, out=str(tmp_path)), []
 
-    def repeat(job, **_):
+    def timed(job, number):     # in turn: early takes 2 or 3 s, full 1 or 1.5 s
         ends.append(job())
-        return [2.0, 1.0 + len(ends) % 2, 2.0]      # early 2 s, full 1 s
+        return [2.0, 1.0, 3.0, 1.5][(len(ends) - 1) % 4]
 
-    monkeypatch.setattr(rd.timeit, "repeat", repeat)
+    monkeypatch.setattr(rd.timeit, "timeit", timed)
     monkeypatch.setattr(rd, "R_TEST", 4)
     monkeypatch.setattr(rd, "think", lambda model, idx, s, cfg: (model.read_out(s), 4))
     result = rd.exits(build(std=0.3), cfg, rd.Run(cfg))
-    assert len(ends) == 3 * 4 * 2 and {type(end) for end in ends} == {float}
+    assert len(ends) == 3 * 4 * 5 * 2 and {type(end) for end in ends} == {float}
     assert result["exit_ms"] == [2000] * 3 and result["full_ms"] == [1000] * 3
-    assert result["seconds_saved"] == pytest.approx([(1 - 2) / (1 / 4)] * 3)
+    assert result["seconds_saved"] == [None] * 3
+    measure = {claim[0]: claim[1] for claim in rd.CLAIMS}["C4 seconds saved / promised"]
+    with pytest.raises(TypeError):          # then the report says "not judged"
+        measure({"recurrent": result | dict(seconds_saved=[None, None, 0.9])})
 
 
 # ---- Bad input and the picture
