@@ -697,7 +697,8 @@ def arms_of(monkeypatch, out, **changes):
 
 
 @pytest.mark.parametrize("flags", [{}, dict(order="left"), dict(source="facts"),
-                                   dict(order="left", source="facts", n_fact=3, n_taught=2)], ids=str)
+                                   dict(order="left", source="facts", n_fact=3, n_taught=2),
+                                   dict(prompt=7)], ids=str)    # a fact has no room for it
 def test_arms_say_themselves_what_is_learnt_in_which_order(flags, tmp_path, monkeypatch):
     arms = arms_of(monkeypatch, tmp_path, steps=50, **flags)
     assert {arm: (c.order, c.source, c.steps, c.seq_len) for arm, c in arms.items()} == {

@@ -501,22 +501,29 @@ def test_exits_measure_single_sequences_of_different_sets(
     assert result["exit_lost"] == 0
 
 
-def test_exit_that_saves_no_iteration_promises_nothing_and_all_that_is_timed_ends_in_a_number(
-        tmp_path, monkeypatch):
-    """A number on the host: what a GPU was only told to do has no value yet."""
-    cfg, ends = rd.Config(**SMALL, out=str(tmp_path)), []
+@pytest.mark.parametrize("steps, saved", [(4, None), (3, (1 - 2 / 5) / (1 - 3 / 4))])
+def test_exit_is_timed_in_turn_with_all_iterations_and_ends_in_a_number(
+        tmp_path, monkeypatch, steps, saved):
+    """A number on the host: what a GPU was only told to do has no value yet. None: no promise."""
+    cfg, calls, ends = rd.Config(**SMALL, out=str(tmp_path)), [], []
 
-    def timed(job, number):     # in turn: early takes 2 or 3 s, full 1 or 1.5 s
+    def think(model, idx, s, cfg):
+        calls.append("early")
+        return model.read_out(s), steps
+
+    def timed(job, number):     # early takes 2 or 3 s, full 5 or 6 s
+        before = len(calls)
         ends.append(job())
-        return [2.0, 1.0, 3.0, 1.5][(len(ends) - 1) % 4]
+        return (2.0 if len(calls) > before else 5.0) + len(ends) // 2 % 2
 
     monkeypatch.setattr(rd.timeit, "timeit", timed)
     monkeypatch.setattr(rd, "R_TEST", 4)
-    monkeypatch.setattr(rd, "think", lambda model, idx, s, cfg: (model.read_out(s), 4))
+    monkeypatch.setattr(rd, "think", think)
     result = rd.exits(build(std=0.3), cfg, rd.Run(cfg))
     assert len(ends) == 3 * 4 * 5 * 2 and {type(end) for end in ends} == {float}
-    assert result["exit_ms"] == [2000] * 3 and result["full_ms"] == [1000] * 3
-    assert result["seconds_saved"] == [None] * 3
+    assert len(calls) == 3 * 4 * (1 + 5)
+    assert result["exit_ms"] == [2000] * 3 and result["full_ms"] == [5000] * 3
+    assert result["seconds_saved"] == (pytest.approx([saved] * 3) if saved else [None] * 3)
     measure = {claim[0]: claim[1] for claim in rd.CLAIMS}["C4 seconds saved / promised"]
     with pytest.raises(TypeError):          # then the report says "not judged"
         measure({"recurrent": result | dict(seconds_saved=[None, None, 0.9])})

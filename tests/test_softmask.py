@@ -536,6 +536,8 @@ def test_infilling_with_an_exact_denoiser_reaches_its_closed_form(tmp_path):
     m = softmask.infill(blind, softmask.replace(cfg, n_denoise=64), softmask.Run(cfg))
     assert m["infill"] == m["infill T=8"] == pytest.approx(1 / 12, abs=0.01)
     assert "infill T=16" not in m
+    m = softmask.infill(blind, softmask.replace(cfg, n_denoise=4), softmask.Run(cfg))
+    assert m["infill"] == m["infill T=1"] == pytest.approx(1 / 12, abs=0.01)    # never no step at all
 
 
 def test_a_saved_and_loaded_gate_gives_the_same_lam():
