@@ -85,13 +85,24 @@ def known_measurements(script):
         yield
 
 
-def once(job, *_, seen=weakref.WeakKeyDictionary(), **__):
-    """The seconds that a job took when it was first seen."""
-    if job not in seen:
+def hold(value):
+    """A weak reference where there can be one: it does not keep a model."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+
+def once(job, *_, seen={}, **__):
+    """The seconds that a job took when it, or another of its code and variables, was first seen."""
+    parts = [job.func, *job.args] if isinstance(job, functools.partial) else [
+        job.__code__, *(cell.cell_contents for cell in job.__closure__ or ())]
+    key = tuple(map(id, parts))
+    if key not in seen or any(held() is not part for held, part in zip(seen[key][1], parts)):
         start = time.perf_counter()
         job()
-        seen[job] = time.perf_counter() - start
-    return seen[job]
+        seen[key] = time.perf_counter() - start, list(map(hold, parts))     # ids may come again
+    return seen[key][0]
 
 
 def save(figure, file, paint=Figure.savefig, **how):
