@@ -9,7 +9,7 @@ before, and attention sees only them, so that FLOPs and cache shrink along with 
 (2)  z_t = w_r . h_t / sqrt(C)                      score of token t in front of pass r
 (3)  A_r = the k_r of A_{r-1} with the largest z, in order;  k_r = T (R-r+1) / R;  warm-up: all
 (4)  y = Block(h[A_r]), at the tokens' positions; kv="share": keys and values of pass 1, of all
-(5)  h_t <- h_t + g (y_t - h_t) for t in A_r;  paper: h_t + 0.1 g y_t;  g = sigmoid(z_t)
+(5)  h_t <- h_t + g (y_t - h_t) for t in A_r;  paper: h_t + 0.1 g y_t;  g = sigmoid(z_t) (none: 1)
 (6)  CE + sum_r mean over A_{r-1} of lambda BCE(z_t, t in A_r) + lambda_z z_t^2;  lambda: 0.05 (in
      the warm-up 0);  aux="router": 1, with q_t = v_r . stopgrad(h_t) / sqrt(C) for z_t
 (7)  at inference t takes pass r if it took r - 1 and z_t > 0 (or q_t > 0); all take pass 1
@@ -84,7 +84,7 @@ class Config:
     seq_len: int = 45               # tokens in a training sequence
     sharing: Literal["cycle", "sequence", "middle_cycle", "middle_sequence"] = "cycle"  # see Eq. 1
     # method
-    router: Literal["expert", "token", "random", "gate", "none"] = "expert"     # gate: all go on
+    router: Literal["expert", "token", "random", "gate", "none"] = "expert"  # who goes; gate: all
     update: Literal["delta", "paper"] = "delta"     # what the gate scales, Eq. 5
     kv: Literal["cache", "share"] = "cache"     # share: all passes use the first's keys and values
     aux: Literal["loss", "router", "none"] = "loss"     # how the choice at inference is learned
@@ -604,7 +604,7 @@ def timings(model, cfg, run, routed):
                          for r in (cfg.router, "none")]
         turns = [[timeit.timeit(lambda: job(m), number=1) for m in models] for _ in range(9)]
         routed_s, unrouted_s = map(min, zip(*turns))
-        passes = a.eval()(batch["idx"][:1])[3].double().mean().item()   # share of all
+        passes = a.eval()(batch["idx"][:1])[3].double().mean().item()   # share of R T
         found["ms_ratio" + name] = routed_s / unrouted_s
         found["flop_ratio" + name] = passes if job == decode else a.flops() / b.flops()
     return found
