@@ -100,12 +100,23 @@ def block_by_hand(model, i, x, r, keep):
     return torch.stack(rows)
 
 
+def picked(model, i, x, r):
+    """Block i in training: what comes out, and the k tokens that it takes."""
+    keep = model.picked(r)
+    return model.train().enter(i, x, r, keep), keep
+
+
+def all_in(model, i, x, r, keep):
+    """Block i for any choice, as in evaluation."""
+    return model.eval().enter(i, x, r, keep)
+
+
 def run_cached(model, i, x, r, keep, sizes):
     """Block i over the pieces of a sequence, as in decoding."""
     cache, start, pieces = mod.KVCache(len(x), model.cfg, "cpu"), 0, []
     for n in sizes:
         part = slice(start, start + n)
-        pieces.append(model.cached(i, x[:, part], r[:, part], keep[:, part], start, cache))
+        pieces.append(model.enter(i, x[:, part], r[:, part], keep[:, part], start, cache))
         start += n
     return torch.cat(pieces, dim=1)
 
@@ -131,17 +142,17 @@ PIECES = pytest.mark.parametrize("sizes", [[24], [1] * 24, [5, 1, 7, 1, 1, 9]], 
 def test_training_path_equals_the_block_by_hand(gate):
     model = build(gate=gate)
     x, r, _ = stream(5)
-    y, keep = model.picked(1, x, r)
+    y, keep = picked(model, 1, x, r)
     best = r.argsort(dim=1, descending=True)[:, :6]
     assert [set(row.nonzero()[:, 0].tolist()) for row in keep] == [set(b.tolist()) for b in best]
     same(y, block_by_hand(model, 1, x, r, keep))
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "raw", "none"])
-def test_masked_path_equals_the_block_by_hand(gate):
+def test_path_of_evaluation_equals_the_block_by_hand(gate):
     model = build(gate=gate)
     x, r, keep = stream(5)
-    same(model.masked(1, x, r, keep), block_by_hand(model, 1, x, r, keep))
+    same(all_in(model, 1, x, r, keep), block_by_hand(model, 1, x, r, keep))
 
 
 @PIECES
@@ -155,18 +166,30 @@ def test_cached_path_equals_the_block_by_hand(gate, sizes):
         same(run_cached(model, 1, x, r, kept, sizes), block_by_hand(model, 1, x, r, kept))
 
 
-def test_gathered_path_equals_the_masked_path():
+def test_few_gathered_tokens_equal_all_tokens_under_a_mask_with_their_gradients():
     model = build()
     x, r, _ = stream(5)
-    y, keep = model.picked(1, x, r)
-    same(y, model.masked(1, x, r, keep))
+    keep, found = model.picked(r), []
+    mask = (keep[:, None] | torch.eye(24, dtype=torch.bool)).tril()[:, None]
+
+    def masked(x):
+        f = model.blocks[1].update(x, model.rope[:24], lambda k, v: (k, v, mask))
+        return x + (keep * model.gate(r))[..., None] * f
+
+    for path in (masked, lambda x: picked(model, 1, x, r)[0], lambda x: all_in(model, 1, x, r, keep)):
+        leaf = x.clone().requires_grad_()
+        y = path(leaf)
+        weights = [leaf, *model.blocks[1].parameters()]
+        found.append([y, *torch.autograd.grad(y.square().sum(), weights)])
+    for right, gathered, whole in zip(*found):
+        same(gathered, right, rtol=1e-9, atol=1e-9)
+        same(whole, right, rtol=1e-9, atol=1e-9)
 
 
 def test_unselected_tokens_are_bit_identical_and_selected_ones_are_not():
     model = build()
     x, r, keep = stream(5)
-    y, picked = model.picked(1, x, r)
-    for out, kept in [(y, picked), (model.masked(1, x, r, keep), keep),
+    for out, kept in [picked(model, 1, x, r), (all_in(model, 1, x, r, keep), keep),
                       (run_cached(model, 1, x, r, keep, [24]), keep)]:
         assert torch.equal(out[~kept], x[~kept])
         assert (out[kept] != x[kept]).any(-1).all()
@@ -177,10 +200,10 @@ def test_hand_example(monkeypatch):
     stub_update(model, monkeypatch)
     x = torch.tensor([1.0, -2.0, 3.0, 0.5]).view(1, 4, 1)
     r, result = x.squeeze(-1), torch.tensor([11.0, -2.0, 33.0, 0.5]).view(1, 4, 1)
-    y, keep = model.picked(1, x, r)
+    y, keep = picked(model, 1, x, r)
     assert keep.tolist() == [[True, False, True, False]]
     assert torch.equal(y, result)
-    assert torch.equal(model.masked(1, x, r, keep), result)
+    assert torch.equal(all_in(model, 1, x, r, keep), result)
     assert torch.equal(run_cached(model, 1, x, r, keep, [4]), result)
 
 
@@ -190,7 +213,7 @@ def test_exactly_k_are_picked_even_with_ties(r, monkeypatch):
     stub_update(model, monkeypatch)
     x, _, _ = stream(2, 8)
     scores = torch.tensor([r, r[::-1]])
-    y, keep = model.picked(1, x, scores)
+    y, keep = picked(model, 1, x, scores)
     same(y, x + 10.0 * keep[..., None])
     for row, kept in zip(scores, keep):
         assert sorted(row[kept].tolist()) == sorted(r)[-3:]
@@ -213,7 +236,7 @@ def test_block_indices():
 def test_picked_tokens_keep_their_original_positions():
     model = build(gate="none")
     x, r, _ = stream(1)
-    y, keep = model.picked(1, x, r)
+    y, keep = picked(model, 1, x, r)
     at = keep[0].nonzero().squeeze(1)
     assert len(at) < at[-1] - at[0] + 1     # they are not contiguous
     packed = x[0, at] + update_by_hand(model.blocks[1], x[0, at], torch.arange(len(at)))
@@ -291,7 +314,7 @@ def test_router_gradient_has_the_closed_form(gate):
     x, _, _ = stream(3)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     r, _ = model.scores(1, x)
-    y, keep = model.picked(1, x, r)
+    y, keep = picked(model, 1, x, r)
     (weight * y).sum().backward()
     if gate == "none":
         assert not model.routers["1"].weight.grad.any()
@@ -310,7 +333,7 @@ def test_no_gradient_is_cut_on_the_path_of_the_language_model():
     model = build(n_embd=4, capacity=0.5)
     x = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, w: model.picked(1, x, model.scores(1, x)[0])[0], (x, model.routers["1"].weight))
+        lambda x, w: picked(model, 1, x, model.scores(1, x)[0])[0], (x, model.routers["1"].weight))
 
 
 @pytest.mark.parametrize("causal", ["predictor", "aux"])
@@ -411,7 +434,7 @@ def test_full_capacity_without_a_gate_is_the_dense_model(training, monkeypatch):
 def test_full_capacity_with_the_raw_gate_adds_r_times_the_update():
     model = build(capacity=1.0, gate="raw")
     x, r, _ = stream(3)
-    y, keep = model.picked(1, x, r)
+    y, keep = picked(model, 1, x, r)
     f = torch.stack([update_by_hand(model.blocks[1], row, torch.arange(24)) for row in x])
     assert keep.all()
     same(y, x + r[..., None] * f)
@@ -531,7 +554,7 @@ def test_random_routing_picks_all_positions_equally_often(monkeypatch):
     x, bound = torch.zeros(n, 24, 16), 4 * math.sqrt(0.25 * 0.75 / n)
     torch.manual_seed(0)
     r, p = model.scores(1, x)
-    y, keep = model.picked(1, x, r)
+    y, keep = picked(model, 1, x, r)
     for kept in (keep, p > 0):
         assert ((kept.double().mean(0) - 0.25).abs() <= bound).all()
     assert torch.equal(y, 10.0 * keep[..., None].expand_as(x))              # and adds no factor
@@ -594,6 +617,31 @@ def test_full_has_the_capacities_that_pick_a_token(seq_len, capacities, tmp_path
     mod.experiment(cfg, mod.Run(cfg))
     some = {name: arm.capacity for name, arm in found.items() if name.startswith("capacity")}
     assert some == {f"capacity {c}": c for c in capacities}
+
+
+def test_steps_are_timed_in_turn_with_a_plain_model(tmp_path, monkeypatch):
+    built, seconds, MoD = [], [], mod.MoD
+
+    def building(cfg, vocab_size):
+        built.append(MoD(cfg, vocab_size))
+        return built[-1]
+
+    def timed(job, number):     # routed takes 1 to 25 s, plain 10, at double the pace in the end
+        weights = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in built]
+        assert type(job()) is float and number == 1
+        after = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in built]
+        moved = [not torch.equal(a, b) for a, b in zip(weights, after)]
+        assert moved == [len(seconds) % 2 == 0, len(seconds) % 2 == 1]
+        turn = len(seconds) // 2
+        seconds.append((10.0 if len(seconds) % 2 else turn + 1.0) * (0.5 if turn > 9 else 1))
+        return seconds[-1]
+
+    monkeypatch.setattr(mod, "MoD", building)
+    monkeypatch.setattr(mod.timeit, "timeit", timed)
+    cfg = mod.Config(**SMALL, batch_size=4, out=str(tmp_path))
+    assert mod.step_ratio(cfg, len(mod.read_text("")[0]), mod.Run(cfg)) == pytest.approx(1.3)
+    assert [m.cfg.routed for m in built] == [[1, 3], []] and len(seconds) == 50
+    assert all(p.grad is not None for m in built for p in m.parameters())
 
 
 # ---- FLOPs

@@ -145,7 +145,8 @@ def test_model_equals_the_one_by_hand(changes, training):
 def test_passed_tokens_keep_their_original_positions():
     model = build()
     x, A = torch.randn(1, 24, 16), torch.tensor([[3, 7, 9]])
-    y = model.visit(2, x, 0, None, {}, None, A)
+    keep = torch.zeros(1, 24, dtype=torch.bool).scatter(1, A, True)
+    y = model.visit(2, x, 0, None, {}, keep, 3)
     for positions, equal in [((3, 7, 9), True), ((0, 1, 2), False)]:
         h = x[0, A[0]]
         for i in (0, 1):
@@ -153,17 +154,24 @@ def test_passed_tokens_keep_their_original_positions():
         assert torch.allclose(y[0, A[0]], h, atol=1e-10) == equal
 
 
-def test_gathered_tokens_equal_masked_ones_with_their_gradients():
+def test_gathered_tokens_equal_all_tokens_under_a_mask_with_their_gradients():
     model, x = build(), torch.randn(2, 24, 16)
     A = torch.stack([torch.randperm(24)[:9].sort().values for _ in range(2)])
     keep = torch.zeros(2, 24, dtype=torch.bool).scatter(1, A, True)
-    found = []
-    for how in (dict(A=A, keep=keep), dict(keep=keep)):
+    mask, found = (keep[:, None] | torch.eye(24, dtype=torch.bool)).tril()[:, None], []
+
+    def masked(x):
+        for block in model.blocks:
+            x = block(x, model.rope[:24], lambda k, v: (k, v, mask))
+        return x
+
+    for path in (masked, *(lambda x, k=k: model.visit(2, x, 0, None, {}, keep, k) for k in (9, 24))):
         leaf = x.clone().requires_grad_()
-        y = model.visit(2, leaf, 0, None, {}, **how)[keep]
+        y = path(leaf)[keep]
         found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *model.blocks.parameters()])])
-    for gathered, masked in zip(*found):
-        same(gathered, masked)
+    for right, few, every in zip(*found):
+        same(few, right)
+        same(every, right)
 
 
 @pytest.mark.parametrize("kv", ["cache", "share"])
@@ -173,8 +181,8 @@ def test_what_other_tokens_become_does_not_reach_those_in_a_pass(kv):
     model.visit(1, x, 0, None, first)
     keep = torch.zeros(1, 24, dtype=torch.bool).scatter(1, A, True)
     changed = torch.where(keep[..., None], x, torch.randn(1, 24, 16))
-    results = [model.visit(2, h, 0, None, dict(first), keep, A)[keep] for h in (x, changed)]
-    same(*results)
+    for k in (4, 24):
+        same(*(model.visit(2, h, 0, None, dict(first), keep, k)[keep] for h in (x, changed)))
 
 
 @pytest.mark.parametrize("kv", ["cache", "share"])
@@ -707,11 +715,12 @@ def test_evaluation_by_brute_force(tmp_path):
 
 
 @pytest.mark.parametrize("n_loop, warm", [(1, 0.4), (2, 0.4), (3, 0.0), (3, 0.4), (4, 0.25), (5, 0.8)])
-@pytest.mark.parametrize("router", ["expert", "token"])
+@pytest.mark.parametrize("router", ["expert", "token", "gate"])
 def test_uniform_makes_as_many_passes_in_all_as_mor(n_loop, warm, router):
     cfg = mor.Config(n_loop=n_loop, capacity_warmup=warm, steps=1000, router=router)
     warm *= router == "expert"      # by token choice all choose from the first step
     mean = sum((n_loop - r) / n_loop for r in range(n_loop))        # of a token that is routed, Eq. 3
+    mean = n_loop if router == "gate" else mean
     uniform = mor.replace(cfg, **mor.ARMS["uniform"](cfg))
     assert uniform.n_loop <= mean + 1e-9
     passes = 1000 * (warm * n_loop + (1 - warm) * mean)
@@ -728,7 +737,7 @@ def test_flops_of_training_count_the_warm_up_only_where_there_is_one(router, war
     assert m["train_tflop"] == pytest.approx(3e-12 * flops * tokens, rel=1e-9)
 
 
-def test_steps_are_timed_with_32_rows_at_two_widths_and_the_decoding_of_one_row_at_sixteen_times(
+def test_steps_of_32_rows_are_timed_at_eight_times_the_width_and_decoding_of_one_at_sixteen_times(
         tmp_path, monkeypatch):
     built, decoded, seconds, model = [], [], [], build()
     MoR, decode_all = mor.MoR, mor.decode_all
@@ -754,17 +763,50 @@ def test_steps_are_timed_with_32_rows_at_two_widths_and_the_decoding_of_one_row_
     cfg = mor.Config(**SMALL | dict(batch_size=4), out=str(tmp_path))
     found = mor.timings(model, cfg, mor.Run(cfg), routed=True)
     sizes = [(m.cfg.router, m.cfg.n_embd) for m in built]
-    assert sizes == [(r, n * 16) for n in (1, 8, 16) for r in ("expert", "none")]
+    assert sizes == [(r, n * 16) for n in (8, 16) for r in ("expert", "none")]
     assert [len(idx) for m, idx in decoded if m is model] == 3 * [32] + 3 * [1]
-    assert [m for m, _ in decoded if m is not model] == 9 * [built[4], built[5]]
-    assert {idx.shape for m, idx in decoded if m is not model} == {(1, 24)} and len(seconds) == 54
-    for i, name in enumerate(["", "_wide", "_decode"]):
+    assert [m for m, _ in decoded if m is not model] == 9 * [built[2], built[3]]
+    assert {idx.shape for m, idx in decoded if m is not model} == {(1, 24)} and len(seconds) == 36
+    for i, name in enumerate(["_wide", "_decode"]):
         turns = seconds[18 * i : 18 * i + 18]
         assert found["ms_ratio" + name] == min(turns[::2]) / 4
-    assert found["flop_ratio"] == built[0].flops() / built[1].flops()
-    assert found["flop_ratio_wide"] == built[2].flops() / built[3].flops()
-    passes = built[4].eval()(decoded[-1][1])[3].sum().item()
+    assert found["flop_ratio_wide"] == built[0].flops() / built[1].flops()
+    passes = built[2].eval()(decoded[-1][1])[3].sum().item()
     assert found["flop_ratio_decode"] == pytest.approx(passes / (3 * 24)) and 24 < passes < 72
+
+
+@pytest.mark.parametrize("n_embd, widths", [(16, [128, 256]), (64, [512, 1024]), (96, [480, 960]),
+                                            (512, [512, 1024]), (2048, [2048, 2048])])
+def test_what_is_timed_is_no_wider_than_what_is_timed_by_default(
+        n_embd, widths, tmp_path, monkeypatch):
+    built, cfg = [], mor.Config(**SMALL | dict(n_embd=n_embd, out=str(tmp_path)))
+
+    class Stub:
+        """Stands for a model of any width."""
+        def __init__(self, cfg):
+            built.append(cfg.n_embd)
+
+        to = eval = lambda self, *_: self
+        flops = lambda self: 1.0
+        __call__ = lambda self, idx: (None, None, None, torch.ones(1))
+
+    monkeypatch.setattr(mor, "MoR", Stub)
+    monkeypatch.setattr(mor.timeit, "timeit", lambda job, number: 1.0)
+    monkeypatch.setattr(mor.timeit, "repeat", lambda job, number, repeat: [1.0])
+    mor.timings(None, cfg, mor.Run(cfg), routed=True)
+    assert built == [width for width in widths for _ in range(2)]
+
+
+def test_claims_of_ratios_are_open_where_nothing_is_saved_or_reached():
+    measure = {name: f for name, f, *_ in mor.CLAIMS}
+    saved, share = (measure[name] for name in ("C1 saved time / saved FLOPs, wide",
+                                               "C3 share of C0 that mor reaches"))
+    for flops, value in [(0.75, 0.8), (1.0, None), (1.0001, None)]:
+        assert saved({"mor": dict(ms_ratio_wide=0.8, flop_ratio_wide=flops)}) == (
+            value and pytest.approx(value))
+    for best, value in [(0.9, 0.5), (0.5, None), (0.4, None)]:
+        arms = {arm: dict(k5=k5) for arm, k5 in dict(mor=0.7, single=0.5, recursive=best).items()}
+        assert share(arms) == (value and pytest.approx(value))
 
 
 def test_unrouted_arms_are_decoded_alone(tmp_path):
