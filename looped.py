@@ -178,7 +178,7 @@ def add_task(cfg, rng, step):
     return idx.flatten(1)[..., None], targets, torch.where(targets >= 0, n - 2, -1)
 
 def memory_task(cfg, rng, step):
-    """Facts, every one once a turn: three letters, and a value to be known at the last of them."""
+    """Facts, all in every turn: three letters, and a value to be known at the last of them."""
     turn, first = divmod(step * cfg.batch_size, cfg.n_facts)
     order = torch.randperm(cfg.n_facts, generator=rng.manual_seed(cfg.seed * 1_000_003 + turn))
     row = order[(first + torch.arange(cfg.batch_size)) % cfg.n_facts]   # (B,)
@@ -412,7 +412,7 @@ class LoopedGPT(nn.Module):
         if self.cfg.inject == "add":
             h = h + e                                                   # (B, T, C)  Eq. 6
         if self.cfg.inject == "concat":
-            h = self.adapter(torch.cat([h, e], dim=-1))                 # (B, T, C)  Eq. 6
+            h = self.adapter(torch.cat([h, e], dim=-1)).to(h.dtype)     # (B, T, C)  Eq. 6
         for i, block in enumerate(self.blocks):
             rows = torch.arange(B, device=h.device)                     # (B,)
             memory = caches and functools.partial(caches[i].extend, rows=rows, new=T)
@@ -462,7 +462,7 @@ def loss_fn(model, batch, cfg):
     if cfg.halting == "act":
         loss = loss + cfg.ponder * spent.mean()                         # Eq. 8
     if cfg.reg and cfg.n_layer > 1:
-        loss = loss - cfg.reg * likeness(model)                         # Eq. 5
+        loss = loss - cfg.reg * likeness(getattr(model, "module", model))   # Eq. 5; not of DDP
     return loss, {"loss": ce.detach()}
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import looped
@@ -237,6 +239,32 @@ def test_regulariser_turns_the_layers_towards_each_other_and_keeps_their_norms(m
         for name, p in model.blocks.named_parameters():
             p -= 0.01 * grads[name]
     assert looped.likeness(model).item() > before + 1e-4
+
+
+def test_regulariser_is_the_same_where_processes_share_the_model():
+    model = build(n_layer=3, n_loop=1, reg=10.0)
+    batch = batch_of(model.cfg)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for net in (model, DistributedDataParallel(model)):
+            loss, _ = looped.loss_fn(net, batch, model.cfg)
+            model.zero_grad()
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    finally:
+        dist.destroy_process_group()
+    for alone, shared in zip(*found, strict=True):
+        same(alone, shared)
+
+
+@pytest.mark.parametrize("inject", ["none", "add", "concat"])
+def test_the_stream_stays_float32_under_bfloat16(inject):
+    torch.set_default_dtype(torch.float32)
+    model, h = build(inject=inject), torch.randn(2, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.blocks[0].mlp(h).dtype == torch.bfloat16
+        assert model.loop(h, h).dtype == torch.float32
 
 
 # ---- Halting

@@ -311,7 +311,8 @@ def test_claims_are_judged_from_the_full_budget_on(script, smoke, full, tmp_path
         with unpainted():
             claims = smoke_run(script, tmp_path, "--no-smoke", *sizes, "--budget", budget)["claims"]
         allowed = {"not judged"} if budget == "0.5" else {"holds", "does not hold"}
-        assert {claim["verdict"] for claim in claims} <= allowed, budget
+        found = [claim["verdict"] for claim in claims if claim["measured"] is not None]
+        assert found and set(found) <= allowed, budget      # None: a claim that names another size
 
 
 # ---- every choice runs ---------------------------------------------------------------------------

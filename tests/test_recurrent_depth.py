@@ -549,19 +549,37 @@ def panels(arms, monkeypatch, tmp_path):
     return figures[0].axes
 
 
+def test_points_of_curves_are_of_the_length_that_a_claim_names():
+    arms = {"recurrent": dict(curves=[dict(n=n, accuracy=[n + r for r in range(64)])
+                                      for n in (6, 12, 24)])}
+    assert rd.at(arms, 12, 1) == 12 and rd.at(arms, 24, 64) == 24 + 63
+    with pytest.raises(LookupError):
+        rd.at(arms, 48, 64)
+
+
+@pytest.mark.parametrize("needed, off", [((7, 13, 25), 0), ((7, 13, 28), 0.25), ((7, 13, 13), 1),
+                                         ((13, 13, 25), 1), ((7, 26, None), 1), ((7, None, None), 1),
+                                         ((None, None, None), 1)])
+def test_bend_is_how_far_the_growth_is_off_a_line_and_one_if_the_end_is_not_seen(needed, off):
+    """Elements are 12, 24, 48, so that the second rise must be twice the first."""
+    rises = [[0.5] * ((first or 65) - 1) + [0.96] * (65 - (first or 65)) for first in needed]
+    arms = {"recurrent": dict(curves=[dict(accuracy=rise) for rise in rises])}
+    assert rd.bend(arms) == pytest.approx(off)
+
+
 def curves(r):
     return [dict(accuracy=[0.5] * r, ceiling=[1.0] * r, distance=[0.5] * (r - 1) + [0.25])] * 3
 
 
 def test_panels_without_curves_state_no_finding(monkeypatch, tmp_path):
-    axes = panels({"twin": dict(curves=curves(1), n48_r64=0.5)}, monkeypatch, tmp_path)
+    axes = panels({"twin": dict(curves=curves(1), longest_r64=0.5)}, monkeypatch, tmp_path)
     assert [panel.get_title() for panel in axes] == ["", "n = 48 is solved by no arm", ""]
 
 
 def test_both_paths_are_told_apart_and_their_distance_is_that_of_all_channels(
         monkeypatch, tmp_path):
     path = [[[0.0, float(r)]] * 3 for r in range(64)]
-    arm = dict(curves=curves(64), n48_r64=1.0, exit_steps=[9, 18, 30], orbits=[path, path])
+    arm = dict(curves=curves(64), longest_r64=1.0, exit_steps=[9, 18, 30], orbits=[path, path])
     _, parts, orbit = panels({"recurrent": arm}, monkeypatch, tmp_path)
     assert "ceiling of recurrent" in parts.get_legend_handles_labels()[1]
     assert orbit.get_title() == "Two starts end 0.25 |s| apart (stars)"

@@ -784,6 +784,15 @@ def test_no_claim_is_made_of_samples_without_jumps():
             measure({"mdlm": arm})
 
 
+def test_claims_that_name_a_number_of_steps_are_of_no_other():
+    lengths = (128, 256, 512, 1024)
+    arm = {f"{kind} {sampler} {T}": 1.0 for kind in ("network", "exact")
+           for sampler in remdm.SAMPLERS for T in lengths}
+    for _, measure, _, _ in remdm.CLAIMS[2:]:
+        with pytest.raises(LookupError):
+            measure({"mdlm": arm})
+
+
 @pytest.mark.parametrize("lab, what", [(False, "jumps"), (True, "violations")])
 def test_axes_say_what_is_counted(lab, what, monkeypatch, tmp_path):
     drawn, Figure = [], remdm.Figure
@@ -799,6 +808,16 @@ def test_axes_say_what_is_counted(lab, what, monkeypatch, tmp_path):
     assert f"changes {what} by +0.0" in panel.get_title()
     assert panel.get_legend().get_title().get_text().startswith(f"{what} and seconds")
     assert "truth: the goal" in panel.get_legend_handles_labels()[1]
+
+
+def test_a_window_beyond_the_sequence_costs_no_memory(tmp_path):
+    """The floor has a table of the square of the reach."""
+    floors = []
+    for window in ("16", "1000000"):
+        with unpainted():
+            flags = ["--smoke", "--window", window, "--out", str(tmp_path / window)]
+            floors.append(remdm.main(flags)["arms"]["mdlm"]["floor"])
+    assert floors[0] == pytest.approx(floors[1], rel=1e-9)
 
 
 def test_an_undertrained_network_is_called_void(tmp_path, monkeypatch, capsys):
