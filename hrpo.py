@@ -649,8 +649,8 @@ MORE = {"hrpo drgrpo": dict(adv="drgrpo"), "hrpo rloo": dict(adv="rloo")}
 
 def experiment(cfg, run):
     """Trains and evaluates all arms. Those of a task start from the same supervised model."""
-    if not cfg.group or cfg.batch_size // cfg.group % run.world or cfg.batch_size // 2 % run.world:
-        fail(f"group={cfg.group} is below 2 or batch_size={cfg.batch_size} uneven; try 8 and 256")
+    if not cfg.group or cfg.batch_size % (2 * cfg.group * run.world):   # `other` is of another
+        fail(f"2 * group={cfg.group} * processes must divide batch_size={cfg.batch_size}, try 8")
     sft = dict(group=0, feed="token", steps=max(cfg.sft_steps, math.ceil(1 / cfg.budget)), lr=4e-3,
                warmup=cfg.sft_steps // 5, weight_decay=0.1, batch_size=cfg.batch_size // 2)
     arms = {"sft": sft, "sft sure": sft | dict(task="sure")} | RL_ARMS | (MORE if cfg.full else {})

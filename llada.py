@@ -91,8 +91,8 @@ class Config:
     n_denoise: int = 24             # denoising steps; also a half, a quarter and less of them
     remasking: Literal["low-confidence", "random"] = "low-confidence"   # order of blocks and sample
     temp: float = 0.0               # sampling temperature (0: greedy)
-    block: int = 0                  # length of the blocks that are filled left to right (0: one)
-    sure: float = 0.0               # blocks, sample: reveal all masks this sure (0: fixed numbers)
+    block: int = 0                  # sample: length of blocks filled left to right (0: one block)
+    sure: float = 0.0               # sample: reveal all masks that are this sure (0: fixed numbers)
     guidance: float = 0.0           # weight of classifier-free guidance (0: none)
     show: bool = False              # print every step of a sample, what is new in colour
     # training
@@ -427,7 +427,7 @@ def diffuse(model, idx, n_new, cfg):
             x[rows], shown = reveal(z, logits, inside & (z == V), z.new_tensor(n), cfg)     # (R, T)
             when[rows] += steps * shown
             calls += len(rows) / N * (1 + (cfg.guidance > 0))
-    return x, when, calls
+    return x.cpu(), when, calls
 
 def autoregress(model, idx, n_new, cfg):
     """The same from left to right: each call takes only what is new, the cache has the rest."""
@@ -436,7 +436,7 @@ def autoregress(model, idx, n_new, cfg):
     for _ in range(n_new):
         new = pick(model.forward(new, cache)[:, -1:], cfg.temp)         # (N, 1)
         x = torch.cat([x, new], dim=1)
-    return x, (torch.arange(x.size(1)) - idx.size(1) + 1).clamp(min=0).expand_as(x), n_new
+    return x.cpu(), (torch.arange(x.size(1)) - idx.size(1) + 1).clamp(min=0).expand_as(x), n_new
 
 # ---- 6. Training ---------------------------------------------------------------------------------
 def learning_rate(step, cfg):
@@ -567,7 +567,7 @@ def sample_rows(model, cfg, run):
     x, _ = documents(replace(cfg, batch_size=2 * cfg.n_sample), "val", torch.Generator())   # (B, T)
     steps = sorted({1, *(max(1, cfg.n_denoise // part) for part in (1, 2, 4, 8))})
     ways = ["left"] if left else ["low-confidence", "random"]
-    for c in (replace(cfg, remasking=way, temp=temp, sure=0) for way in ways for temp in (0, 1)):
+    for c in (replace(cfg, remasking=w, temp=t, block=0, sure=0) for w in ways for t in (0, 1)):
         name = f"{c.remasking.split('-')[0]} temp={c.temp}"
         settings |= {f"{name} N={n}": replace(c, n_denoise=n) for n in steps[-1 if left else 0 :]}
         settings[f"free {name}"] = replace(c, n_denoise=cfg.seq_len, prompt=0)

@@ -708,16 +708,19 @@ def test_arms_say_themselves_what_is_learnt_in_which_order(flags, tmp_path, monk
     assert arms["few taught"].n_taught == max(1, arms["llada"].n_fact // 4)
 
 
-def test_rows_that_name_numbers_of_steps_or_orders_take_no_threshold(tmp_path, monkeypatch):
-    """All others take it as it is given; `confident` has its own."""
+def test_rows_that_name_numbers_of_steps_or_orders_take_no_threshold_and_no_blocks(
+        tmp_path, monkeypatch):
+    """`sample` takes them as they are given; `confident` and `blocks` have their own."""
     seen, diffuse = [], llada.diffuse
-    monkeypatch.setattr(llada, "diffuse", lambda *a: seen.append(a[3].sure) or diffuse(*a))
-    cfg = config(n_sample=2, n_denoise=8, sure=1e-9, temp=0.0, out=str(tmp_path))
+    monkeypatch.setattr(llada, "diffuse",
+                        lambda *a: seen.append((a[3].sure, a[3].block)) or diffuse(*a))
+    cfg = config(n_sample=2, n_denoise=8, sure=1e-9, temp=0.0, block=50, out=str(tmp_path))
     model = llada.LLaDA(cfg)
     rows = llada.sample_rows(model, cfg, llada.Run(cfg))["samples"]
     thresholds = dict(zip(list(rows)[1:], seen, strict=True))
-    assert [thresholds.pop(name) for name in ("blocks", "confident", "sample")] == [1e-9, 0.9, 1e-9]
-    assert set(thresholds.values()) == {0} and len(thresholds) == 20
+    assert [thresholds.pop(name) for name in ("blocks", "confident", "sample")] == [
+        (1e-9, 8), (0.9, 50), (1e-9, 50)]
+    assert set(thresholds.values()) == {(0, 0)} and len(thresholds) == 20
     assert [rows[f"low temp=0 N={n}"]["nfe"] for n in (1, 2, 4, 8)] == [1, 2, 4, 8]
     assert rows["sample"]["nfe"] == 1
 

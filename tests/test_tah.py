@@ -641,7 +641,8 @@ def test_guess_in_the_picture_is_one_of_the_values(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(think="none"), dict(think="none", wider=7), dict(), dict(visible="iter1", room=3),
+    dict(think="none"), dict(think="none", wider=7), dict(wider=7), dict(),
+    dict(think="all", wider=7), dict(visible="iter1", room=3),
     dict(visible="current"), dict(think="all"), dict(think="all", visible="current", rank=0)])
 def test_flops_are_what_the_counter_counts(changes):
     model, idx = build(**changes), tokens(2)
@@ -651,7 +652,8 @@ def test_flops_are_what_the_counter_counts(changes):
     counter = FlopCounterMode(display=False)        # it does not know the fused kernel of a CPU
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model.passes(idx, policy, K)
-    lora = 24 * model.cfg.rank * 16**2 * 2 * (K > 0)        # merged once a batch, not once a row
+    size = 24 * 16**2 + 4 * 16 * model.cfg.wider            # of a layer, in FLOPs of a token
+    lora = model.cfg.rank * size * 2 * (K > 0)              # merged once a batch, not once a row
     soft = 2 * K * model.cfg.n_soft * 16                    # a sum, which it does not count
     assert counter.get_total_flops() == 2 * (tah.tah_flops(model.cfg) - lora - soft) + lora
 
