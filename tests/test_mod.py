@@ -603,6 +603,17 @@ def test_what_cannot_be_trained_or_decoded_is_refused(flags):
         mod.parse_args(flags.split())
 
 
+def test_rows_that_are_decoded_have_prompts_of_their_own(tmp_path, monkeypatch):
+    """Rows of one text skip the same blocks together, which rows of several do not."""
+    prompts, generate = [], mod.generate
+    monkeypatch.setattr(mod, "generate",
+                        lambda model, idx, *rest: prompts.append(idx) or generate(model, idx, *rest))
+    cfg = mod.Config(**SMALL, out=str(tmp_path))
+    mod.decode(mod.MoD(cfg, len(mod.read_text("")[0])), cfg, mod.Run(cfg))
+    assert {prompt.shape for prompt in prompts} == {(32, 18), (1, 18)}
+    assert all(len(prompt.unique(dim=0)) > 0.9 * len(prompt) for prompt in prompts)
+
+
 def test_shortest_sequence_is_decoded(tmp_path):
     cfg = mod.Config(**SMALL | dict(seq_len=4, out=str(tmp_path)))
     found = mod.decode(mod.MoD(cfg, len(mod.read_text("")[0])), cfg, mod.Run(cfg))

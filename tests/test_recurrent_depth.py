@@ -450,7 +450,9 @@ def test_no_threshold_never_exits_and_an_infinite_one_at_the_first_look():
 def test_scaling_by_brute_force(tmp_path):
     cfg = rd.Config(**SMALL, out=str(tmp_path))
     model = build(std=0.5)
-    curve = rd.scaling(model, cfg, rd.Run(cfg))[1]
+    curves = rd.scaling(model, cfg, rd.Run(cfg))
+    assert [curve["n"] for curve in curves] == [12, 24, 48]
+    curve = curves[1]
     batch = rd.make_batch(rd.Config(**SMALL | dict(seq_len=25)), "val", 0)
     other = rd.make_batch(rd.Config(**SMALL | dict(seq_len=25)), "val", 1)["s0"]
     for r in (1, 7):

@@ -811,13 +811,14 @@ def test_axes_say_what_is_counted(lab, what, monkeypatch, tmp_path):
 
 
 def test_a_window_beyond_the_sequence_costs_no_memory(tmp_path):
-    """The floor has a table of the square of the reach."""
+    """The floor has a table of the square of the reach, which without a window is the length."""
     floors = []
-    for window in ("16", "1000000"):
+    for window in ("16", "1000000", "0"):
         with unpainted():
             flags = ["--smoke", "--window", window, "--out", str(tmp_path / window)]
             floors.append(remdm.main(flags)["arms"]["mdlm"]["floor"])
-    assert floors[0] == pytest.approx(floors[1], rel=1e-9)
+    assert floors[1:] == pytest.approx(floors[:1] * 2, rel=1e-9)
+    assert floors[0] < 0.99 * remdm.relay_floor(16, 1)
 
 
 def test_an_undertrained_network_is_called_void(tmp_path, monkeypatch, capsys):

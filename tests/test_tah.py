@@ -478,6 +478,17 @@ def test_rows_of_other_decisions(monkeypatch):
     assert m["loss"] != m["rows"][", c_thr = 0.5"]["loss"]
 
 
+@pytest.mark.parametrize("visible", ["iter1", "current", "duo"])
+def test_time_is_compared_with_the_model_whose_flops_are(visible, monkeypatch):
+    """With two passes for all that see both, as the arm always_duo."""
+    built, TaH, model = [], tah.TaH, build(visible=visible, think="all")
+    monkeypatch.setattr(tah, "TaH", lambda cfg: built.append(cfg) or TaH(cfg))
+    monkeypatch.setattr(tah.timeit, "timeit", lambda job, number: 0.0)
+    cfg = tah.replace(model.cfg, eval_batches=1)
+    tah.decide_all(model, None, cfg, run_on(cfg))
+    assert [(c.think, c.visible) for c in built] == [("all", "duo")]
+
+
 def test_rows_without_a_decider_and_the_passes_of_training(monkeypatch):
     """Two guesses are the best of all passes; hard questions alone go on, whatever labels say."""
     monkeypatch.setattr(tah.timeit, "timeit", lambda job, number: 0.0)
